@@ -162,8 +162,8 @@ def contiguous(numels: Mapping[str, int], world_size: int, *, align: int = 1) ->
 def per_param(numels: Mapping[str, int], world_size: int) -> ShardLayout:
     """The stage 3 contract: each parameter alone is cut into pieces of ``ceil(numel / world_size)`` elements.
 
-    A rank's buffer is its pieces in mapping order, each of that size; what a parameter does not fill is padding, so with
-    few elements the last ranks hold nothing else.
+    A rank's buffer is its pieces in mapping order, each of that size; what a parameter does not fill is padding, so
+    with few elements the last ranks hold nothing else.
     """
     _check_numels(numels, world_size)
     spans: list[Span] = []
