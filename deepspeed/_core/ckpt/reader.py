@@ -328,7 +328,7 @@ def _stage3_groups(
         first: int | None = None
         for name, numel in numels_of(group_shapes).items():
             piece = -(-numel // world)
-            if piece and offset == sizes[sub]:
+            while piece and offset == sizes[sub]:
                 sub, offset = sub + 1, 0
             first = sub if first is None and piece else first
             for rank in range(world if numel else 1):
