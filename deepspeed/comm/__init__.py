@@ -1,0 +1,112 @@
+"""Communication: torch.distributed's functions, one way to initialize them, and one place to watch them from.
+
+Works with any group that torch made; a group made here is torch's own.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as _dist
+
+from .comm import (
+    Works,
+    all_gather,
+    all_gather_coalesced,
+    all_gather_into_tensor,
+    all_gather_object,
+    all_reduce,
+    all_reduce_coalesced,
+    all_to_all,
+    all_to_all_single,
+    barrier,
+    batch_isend_irecv,
+    broadcast,
+    broadcast_object_list,
+    destroy_process_group,
+    gather,
+    gather_object,
+    get_all_ranks_from_group,
+    get_backend,
+    get_global_rank,
+    get_group_rank,
+    get_local_rank,
+    get_rank,
+    get_world_group,
+    get_world_size,
+    inference_all_reduce,
+    initialize_mesh_device,
+    irecv,
+    is_available,
+    is_initialized,
+    isend,
+    monitored_barrier,
+    new_group,
+    recv,
+    reduce,
+    reduce_scatter,
+    reduce_scatter_coalesced,
+    reduce_scatter_tensor,
+    scatter,
+    send,
+)
+from .hooks import CommEvent, CommHook, comm_hook, observe, set_comm_hook
+from .setup import configure, default_pg_timeout, init_distributed, log_summary
+
+ReduceOp = _dist.ReduceOp
+ProcessGroup = _dist.ProcessGroup
+P2POp = _dist.P2POp
+group = _dist.group
+
+__all__ = [
+    "CommEvent",
+    "CommHook",
+    "P2POp",
+    "ProcessGroup",
+    "ReduceOp",
+    "Works",
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "comm_hook",
+    "configure",
+    "default_pg_timeout",
+    "destroy_process_group",
+    "gather",
+    "gather_object",
+    "get_all_ranks_from_group",
+    "get_backend",
+    "get_global_rank",
+    "get_group_rank",
+    "get_local_rank",
+    "get_rank",
+    "get_world_group",
+    "get_world_size",
+    "group",
+    "inference_all_reduce",
+    "init_distributed",
+    "initialize_mesh_device",
+    "irecv",
+    "is_available",
+    "is_initialized",
+    "isend",
+    "log_summary",
+    "monitored_barrier",
+    "new_group",
+    "observe",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_coalesced",
+    "reduce_scatter_tensor",
+    "scatter",
+    "send",
+    "set_comm_hook",
+]
