@@ -452,7 +452,7 @@ def build_scheduler(type_name: str, params: Mapping[str, Any] | None, optimizer:
     if type_name not in _SCHEDULES:
         by_lower = {n.lower(): n for n in VALID_LR_SCHEDULES}
         close = difflib.get_close_matches(str(type_name).lower(), list(by_lower), n=1)
-        hint = f"; did you mean {by_lower[close[0]]}?" if close else ""
+        hint = f"; did you mean {by_lower[close[0]]}?" if close else "."
         raise ConfigError(f"scheduler.type {type_name!r} is unknown{hint} Known: {', '.join(VALID_LR_SCHEDULES)}")
     if params is not None and not isinstance(params, Mapping):
         raise ConfigError(f"scheduler.params must be a dict of constructor arguments, but is {params!r}")
@@ -462,7 +462,7 @@ def build_scheduler(type_name: str, params: Mapping[str, Any] | None, optimizer:
     for name in kwargs:
         if name not in known:
             close = difflib.get_close_matches(name, list(known), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise ConfigError(
                 f"scheduler.params.{name}: {type_name} has no such argument{hint} It takes: {', '.join(known)}"
             )
