@@ -424,7 +424,8 @@ class WarmupCosineLR(_Warmup):
         return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0)
 
     def _lrs(self, n: int) -> list[float]:
-        q = self._ratio(n)
+        # Before the first step the rate is 0 even with a warmup_min_ratio, as documented; the ratio holds from n = 0.
+        q = self._ratio(n) if n >= 0 else 0.0
         return [lr * q for lr in self.org_lrs]
 
 
