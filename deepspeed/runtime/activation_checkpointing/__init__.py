@@ -1,0 +1,1 @@
+"""Activation checkpointing: recompute activations in backward instead of keeping them."""

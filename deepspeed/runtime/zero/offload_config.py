@@ -1,0 +1,57 @@
+"""``zero_optimization.offload_param`` and ``.offload_optimizer``: where parameters and optimizer state rest."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import ClassVar
+
+from deepspeed.runtime.config_types import Bool, Fraction, NonNegInt
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel, key
+
+__all__ = ["DeepSpeedZeroOffloadOptimizerConfig", "DeepSpeedZeroOffloadParamConfig", "OffloadDeviceEnum"]
+
+
+class OffloadDeviceEnum(str, Enum):
+    """Where offloaded tensors rest; members equal their config spelling."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class DeepSpeedZeroOffloadParamConfig(DeepSpeedConfigModel):
+    """Parameter offload. Valid only with stage 3; device ``none`` may stand at every stage."""
+
+    place: ClassVar[str] = "zero_optimization.offload_param"
+
+    device: OffloadDeviceEnum = key(OffloadDeviceEnum.none, "Where parameters rest: none, cpu or nvme.")
+    nvme_path: Path | None = key(None, "Directory for parameter files on the NVMe device.")
+    buffer_count: NonNegInt = key(5, "Number of buffers in the pool between NVMe and memory.")
+    buffer_size: NonNegInt = key(100_000_000, "Elements in one such buffer.")
+    max_in_cpu: NonNegInt = key(1_000_000_000, "Parameter elements kept in CPU memory under NVMe offload.")
+    pin_memory: Bool = key(False, "Use page-locked CPU memory: faster copies, more memory.")
+
+
+class DeepSpeedZeroOffloadOptimizerConfig(DeepSpeedConfigModel):
+    """Optimizer-state offload, with the update computed on the CPU. Valid with stages 1 to 3."""
+
+    place: ClassVar[str] = "zero_optimization.offload_optimizer"
+
+    device: OffloadDeviceEnum = key(OffloadDeviceEnum.none, "Where optimizer state rests: none, cpu or nvme (stage 3).")
+    nvme_path: Path | None = key(None, "Directory for optimizer-state files on the NVMe device.")
+    buffer_count: NonNegInt = key(
+        4, "Number of buffers between NVMe and memory; at least the states per parameter (Adam: 4)."
+    )
+    pin_memory: Bool = key(False, "Use page-locked CPU memory: faster copies, more memory.")
+    pipeline_read: Bool = key(False, "Read the next tile while the current one is computed.")
+    pipeline_write: Bool = key(False, "Write the previous tile while the current one is computed.")
+    fast_init: Bool = key(False, "Initialise NVMe files quickly.")
+    ratio: Fraction = key(1.0, "Share of the optimizer state updated on the CPU; below 1 only with stage 3.")
+    super_offload: Bool = key(False, "Offload tuned for Superchips; stage 3.", since="0.18.0")
+    cpuadam_cores_perc: Fraction = key(0.8, "Share of the cores for CPU Adam under super_offload.", since="0.18.0")
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether any overlap of tile transfers with computing is asked for."""
+        return self.pipeline_read or self.pipeline_write
