@@ -119,8 +119,8 @@ def _fixes(given: Mapping[str, int | None], ranks: int) -> list[str]:
 def data_parallel_world_size(mpu: Any, world_size: int, sequence_parallel_size: int = 1) -> int:
     """Ranks that see different samples, out of ``world_size``.
 
-    An ``mpu`` with ``get_data_parallel_world_size`` decides; one with only ``get_sequence_parallel_world_size`` (Ulysses)
-    divides the world by that; without an ``mpu``, ``sequence_parallel_size`` ranks share each sample.
+    An ``mpu`` with ``get_data_parallel_world_size`` decides; one with only ``get_sequence_parallel_world_size``
+    (Ulysses) divides the world by that; without an ``mpu``, ``sequence_parallel_size`` ranks share each sample.
     """
     if mpu is not None and hasattr(mpu, "get_data_parallel_world_size"):
         return int(mpu.get_data_parallel_world_size())

@@ -1,8 +1,9 @@
-"""``DeepSpeedConfig``: what the engine reads. Parsing, then (once groups exist) batch sizes, and a description of it all."""
+"""``DeepSpeedConfig``: what the engine reads: parsed, with batch sizes once groups exist, and described."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from os import PathLike
@@ -27,7 +28,7 @@ from deepspeed.runtime.config_utils import ConfigReport, DeepSpeedConfigModel, e
 from deepspeed.runtime.feature_gates import inert_settings, refuse_missing_features
 from deepspeed.runtime.optimizer_config import KNOWN_OPTIMIZERS
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
-from deepspeed.utils.logging import log_dist, set_log_level_from_string
+from deepspeed.utils.logging import log_dist, logger, set_log_level_from_string
 
 __all__ = [
     "BatchSizeError",
@@ -63,9 +64,9 @@ def parse_document(raw: Mapping[str, Any]) -> tuple[DeepSpeedConfigDocument, Con
 class DeepSpeedConfig:
     """A resolved config.
 
-    ``config`` is a dict (kept as :attr:`raw`, never changed), the path of a JSON file with optional comments, or url-safe
-    base64 of a document. Unknown keys warn with their nearest match (``"strict": true``: raise), and a setting whose
-    feature does not exist yet raises :class:`MissingFeatureError`. Not a collective; alike on every rank.
+    ``config`` is a dict (kept as :attr:`raw`, never changed), the path of a JSON file with optional comments, or
+    url-safe base64 of a document. Unknown keys warn with their nearest match (``"strict": true``: raise), and a setting
+    whose feature does not exist yet raises :class:`MissingFeatureError`. Not a collective; alike on every rank.
 
     Every top-level key and section is an attribute of the same name, typed as in the models of this folder:
     ``config.zero_optimization.stage``, ``config.fp16.enabled``, ``config.gradient_clipping``.
@@ -185,9 +186,9 @@ class DeepSpeedConfig:
         Always starts from what the user gave, so that it may be called again for another number of ranks. Raises
         :class:`BatchSizeError` with the whole equation when the sizes do not fit.
         """
-        given = [getattr(self.document, name) for name in _BATCH_KEYS]
+        train, micro, steps = (getattr(self.document, name) for name in _BATCH_KEYS)
         sources = {RANKS: "from the process groups", **{name: "from the config" for name in _BATCH_KEYS}}
-        self.batch = solve_batch_triangle(*given, dp_world_size, sources=sources)
+        self.batch = solve_batch_triangle(train, micro, steps, dp_world_size, sources=sources)
         return self.batch
 
     def set_batch(self, *, micro_batch: int | None = None, accumulation: int | None = None) -> BatchSizes:
@@ -217,7 +218,10 @@ class DeepSpeedConfig:
         return self.document.gradient_accumulation_steps if solved is None else solved.gradient_accumulation_steps
 
     def origin(self, place: str) -> str:
-        """Where the value at a dotted key (``zero_optimization.stage``) came from: user, default, auto, derived, or the deprecated key it was."""
+        """Where the value at a dotted key (``zero_optimization.stage``) came from.
+
+        ``user``, ``default``, ``auto, so the default``, ``derived``, or ``forwarded from`` a deprecated key.
+        """
         if place in _BATCH_KEYS and self.batch is not None and getattr(self.document, place) is None:
             return "derived"
         if place == "zero_optimization.overlap_comm" and self.report.origin(place) == "default":
@@ -240,17 +244,17 @@ class DeepSpeedConfig:
         return "\n".join([*lines, f"  json = {document}"])
 
     def print(self, name: str = "DeepSpeedConfig") -> None:
-        """Logs :meth:`describe` under a heading, on rank 0 at level INFO."""
-        log_dist(f"{name}:\n{self.describe()}", ranks=[0])
+        """Logs :meth:`describe` under a heading, on rank 0. Shown whatever the level: it was asked for."""
+        log_dist(f"{name}:\n{self.describe()}", ranks=[0], level=max(logging.INFO, logger.getEffectiveLevel()))
 
     def __repr__(self) -> str:
         return f"DeepSpeedConfig(stage={int(self.zero_optimization_stage)}, batch={self.batch})"
 
 
 def _settle_max_grad_norm(document: DeepSpeedConfigDocument, report: ConfigReport) -> None:
-    """``optimizer.params.max_grad_norm``, the older way to clip: used under fp16, refused effect otherwise; said once.
+    """``optimizer.params.max_grad_norm``, the older way to clip: used under fp16, dropped otherwise; said once.
 
-    The entry is taken out of the constructor arguments: where a constructor knows it, its default (0, no clipping) holds.
+    The entry is taken out of the constructor arguments: where a constructor knows it, its default (0, off) holds.
     """
     optimizer = document.optimizer
     if optimizer is None or "max_grad_norm" not in optimizer.params:

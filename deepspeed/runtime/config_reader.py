@@ -21,8 +21,8 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     """The document as a mapping. A dict is returned as it is (the same object).
 
     Text is the path of a file, or url-safe base64 of a document. Files may have comments and trailing commas (Hjson).
-    Raises :class:`ConfigError` for other input, a missing file, text that cannot be parsed, and a key that stands twice in
-    one section.
+    Raises :class:`ConfigError` for other input, a missing file, text that cannot be parsed, and a key that stands twice
+    in one section.
     """
     if isinstance(config, dict):
         return config
@@ -30,7 +30,8 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
         return dict(config)
     if not isinstance(config, (str, os.PathLike)):
         raise ConfigError(
-            f"expected a config as a dict, the path of a JSON file, or url-safe base64 text; got {type(config).__name__}"
+            "expected a config as a dict, the path of a JSON file, or url-safe base64 text; "
+            f"got {type(config).__name__}"
         )
     path = Path(config)
     if _is_file(path):

@@ -30,7 +30,7 @@ from deepspeed.runtime.config_sections.parallel import ExpertParallelConfig, Pip
 from deepspeed.runtime.config_sections.profiling import CommsLoggerConfig, DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.config_sections.quantization import QuantizeTrainingConfig, WeightQuantizationConfig
 from deepspeed.runtime.config_types import Bool, NonNegInt, as_bool
-from deepspeed.runtime.config_utils import ConfigReport, DeepSpeedConfigModel, key, prepare, section, walk_fields
+from deepspeed.runtime.config_utils import ConfigReport, key, prepare, section, walk_fields
 from deepspeed.runtime.logging_config import LoggingKeys
 from deepspeed.runtime.optimizer_config import OptimizerKeys
 from deepspeed.runtime.precision_config import (
@@ -118,8 +118,8 @@ class DeepSpeedConfigDocument(OptimizerKeys, CommunicationKeys, LoggingKeys, Bat
 def prepare_document(raw: Mapping[Any, Any], report: ConfigReport) -> dict[str, Any]:
     """:func:`prepare` for a whole document, with what only the top level has.
 
-    A boolean ``zero_optimization`` (deprecated) becomes a section, ``bf16`` wins over ``bfloat16``, and keys that clients
-    write for themselves are passed over: :data:`CLIENT_KEYS`, and dotted copies of known keys
+    A boolean ``zero_optimization`` (deprecated) becomes a section, ``bf16`` wins over ``bfloat16``, and keys that
+    clients write for themselves are passed over: :data:`CLIENT_KEYS`, and dotted copies of known keys
     (``"zero_optimization.reduce_bucket_size"``).
     """
     report.homes = _homes()

@@ -78,8 +78,8 @@ class PreparedSection(dict[str, Any]):
 class DeepSpeedConfigModel(BaseModel):
     """Base of the typed sections. Keys are accepted by field name or alias; assignment is validated.
 
-    An unknown key warns with its nearest match (``keeps_unknown`` sections keep it without a word), ``"auto"`` means the
-    default, and a deprecated key moves its value to the key that replaced it.
+    An unknown key warns with its nearest match (``keeps_unknown`` sections keep it without a word), ``"auto"`` means
+    the default, and a deprecated key moves its value to the key that replaced it.
     """
 
     model_config = ConfigDict(
@@ -255,7 +255,7 @@ def facts_of(model: type[DeepSpeedConfigModel], name: str) -> KeyFacts:
 
 @cache
 def nested_model(model: type[DeepSpeedConfigModel], name: str) -> tuple[str, type[DeepSpeedConfigModel]] | None:
-    """The section model a field holds, with how: ``one``, ``map`` (by user's names) or ``list``; ``None`` for values."""
+    """The section model a field holds, and how: ``one``, ``map`` (by user's names) or ``list``. ``None`` for values."""
     return _model_in(model.model_fields[name].annotation)
 
 
@@ -305,7 +305,7 @@ def hint(written: str, model: type[DeepSpeedConfigModel], place: str, report: Co
 
 
 def explain(error: ValidationError, report: ConfigReport) -> ConfigError:
-    """A pydantic error in words: one line a key, with the place as the user wrote it, the value, and what was expected."""
+    """A pydantic error in words: one line a key, with its place as the user wrote it, its value, and what is wrong."""
     lines = []
     for one in error.errors(include_url=False):
         place = ".".join(str(part) for part in one["loc"])

@@ -19,7 +19,7 @@ __all__ = ["GATES", "Gate", "closed_gates", "inert_settings", "refuse_missing_fe
 
 @dataclass(frozen=True)
 class Gate:
-    """A key (or with ``.*`` every key of a section) that must keep its default, or be one of ``allowed`` where given."""
+    """A key (or with ``.*`` every key of a section) that must keep its default, or be one of ``allowed``."""
 
     key: str
     feature: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 from typing_extensions import Self
 
 from deepspeed.errors import ConfigError
@@ -75,7 +75,7 @@ class BF16Config(DeepSpeedConfigModel):
 class AmpConfig(DeepSpeedConfigModel):
     """NVIDIA Apex AMP. Every other key in this section is kept and passed to ``amp.initialize``."""
 
-    model_config = {"extra": "allow"}
+    model_config = ConfigDict(extra="allow")
     place: ClassVar[str] = "amp"
     keeps_unknown: ClassVar[bool] = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ConfigDict
 
 from deepspeed.runtime.config_types import AnyDtype, Bool, Float, Int, NonNegInt, PosInt, as_float, as_int
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel, key, section
@@ -28,7 +28,7 @@ FloatOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_float_or_auto)
 class PipelineConfig(DeepSpeedConfigModel):
     """Pipeline engine. Keys that are not listed here are kept."""
 
-    model_config = {"extra": "allow"}
+    model_config = ConfigDict(extra="allow")
     place: ClassVar[str] = "pipeline"
     keeps_unknown: ClassVar[bool] = True
 
