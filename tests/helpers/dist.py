@@ -55,9 +55,7 @@ def run_ranks(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _child(
-    fn: Callable[..., Any], rank: int, world_size: int, folder: str, init: bool, args: Any, kwargs: Any
-) -> None:
+def _child(fn: Callable[..., Any], rank: int, world_size: int, folder: str, init: bool, args: Any, kwargs: Any) -> None:
     code = 1
     try:
         log = open(f"{folder}/log{rank}", "w")  # noqa: SIM115 (kept open for the life of the process)
@@ -66,9 +64,7 @@ def _child(
         sys.stdout = sys.stderr = log
         faulthandler.enable(log)
         faulthandler.register(signal.SIGUSR1, log, all_threads=True)
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size)
-        )
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
         torch.manual_seed(1234)
         if init:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

@@ -1,0 +1,39 @@
+"""Lazy submodules (PEP 562), so that ``import deepspeed`` costs next to nothing and still has everything as attributes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+__all__ = ["attach"]
+
+
+def attach(
+    package: str, submodules: Iterable[str] = (), names: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` for a package.
+
+    ``submodules`` are imported when first asked for. ``names`` maps an attribute to ``"module:attribute"``, or to
+    ``"module"`` for a module under another name.
+    """
+    known = set(submodules)
+    elsewhere = dict(names or {})
+
+    def __getattr__(name: str) -> Any:
+        if name in elsewhere:
+            module_name, _, attribute = elsewhere[name].partition(":")
+            module = importlib.import_module(module_name)
+            value = getattr(module, attribute) if attribute else module
+        elif name in known:
+            value = importlib.import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # Cached as an ordinary attribute: the next access is free and mock.patch finds it.
+        setattr(importlib.import_module(package), name, value)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(importlib.import_module(package)), *known, *elsewhere})
+
+    return __getattr__, __dir__

@@ -1,0 +1,166 @@
+"""A bucket: whole parameters in one flat buffer, whose slices belong to ranks.
+
+Glossary. *Full buffer*: all elements of the bucket, with gaps for alignment and padding to a multiple of the world size.
+*Slice*: the full buffer's part of one rank. *Shard*: a tensor that holds this rank's slice only. *Slot*: where one
+parameter sits. Model parameters are views of ``weights``; ``master`` is the fp32 copy that the optimizer updates (the
+weights themselves in fp32); ``grad_full`` holds local gradients, ``grad_shard`` the reduced ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deepspeed._core.layout.flat import BucketPlan
+
+__all__ = ["Bucket", "Slot"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """Where a parameter sits: elements [start, start + numel) of its bucket's full buffer."""
+
+    name: str
+    param: torch.nn.Parameter
+    start: int
+    numel: int
+    bucket: Bucket = field(repr=False)
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """The parameter-shaped view into a full buffer of this bucket."""
+        return flat[self.start : self.start + self.numel].view(self.param.shape)
+
+    def overlap(self, rank: int) -> tuple[int, int, int]:
+        """``(start in the parameter, start in the rank's slice, numel)`` of what the rank owns of this parameter."""
+        low, high = rank * self.bucket.shard_numel, (rank + 1) * self.bucket.shard_numel
+        begin, end = max(self.start, low), min(self.start + self.numel, high)
+        if begin >= end:
+            return 0, 0, 0
+        return begin - self.start, begin - low, end - begin
+
+
+class Bucket:
+    """Storage and bookkeeping of one bucket; decides nothing. All buffers are 1-D."""
+
+    def __init__(
+        self,
+        index: int,
+        group_index: int,
+        plan: BucketPlan,
+        named: Sequence[tuple[str, torch.nn.Parameter]],
+        *,
+        rank: int,
+        world_size: int,
+        weight_dtype: torch.dtype,
+        comm_dtype: torch.dtype,
+        accum_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.index = index
+        self.group_index = group_index
+        self.rank = rank
+        self.world_size = world_size
+        self.numel = plan.numel
+        self.shard_numel = plan.numel // world_size
+        self.weight_dtype = weight_dtype
+        self.comm_dtype = comm_dtype
+        self.accum_dtype = accum_dtype
+        self.device = device
+        self.slots = [
+            Slot(named[member][0], named[member][1], start, named[member][1].numel(), self)
+            for member, start in zip(plan.members, plan.starts, strict=True)
+        ]
+        self.weights = torch.zeros(0)
+        self.master = torch.zeros(0)
+        self.grad_full: torch.Tensor | None = None
+        self.grad_shard = torch.zeros(0)
+        # Slots whose gradient of the current accumulation window lies in grad_full.
+        self.touched: set[int] = set()
+        # Slots that had a gradient in the backward that reduces.
+        self.ready: set[int] = set()
+        self.launched = False
+        # Whether grad_shard holds a reduction of the current window.
+        self.reduced = False
+        self._gaps = self._find_gaps()
+        self.position = {id(slot): i for i, slot in enumerate(self.slots)}
+
+    def _find_gaps(self) -> list[tuple[int, int]]:
+        gaps, end = [], 0
+        for slot in self.slots:
+            if slot.start > end:
+                gaps.append((end, slot.start))
+            end = slot.start + slot.numel
+        if end < self.numel:
+            gaps.append((end, self.numel))
+        return gaps
+
+    def slice_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a full buffer, a view."""
+        return flat[self.rank * self.shard_numel : (self.rank + 1) * self.shard_numel]
+
+    def adopt(self, *, sharded_master: bool, broadcast_from_first: object) -> None:
+        """Moves the parameters into the flat buffer and makes the master copy; ``broadcast_from_first(flat)`` syncs it.
+
+        The master starts from the values as they were given: a bf16 model built in fp32 keeps its fp32 values.
+        """
+        source = torch.zeros(self.numel, dtype=self._source_dtype(), device=self.device)
+        for slot in self.slots:
+            slot.view(source).copy_(slot.param.detach())
+        if callable(broadcast_from_first):
+            broadcast_from_first(source)
+        self.weights = source if source.dtype == self.weight_dtype else source.to(self.weight_dtype)
+        for slot in self.slots:
+            slot.param.data = slot.view(self.weights)
+        kept = self.slice_of(source) if sharded_master else source
+        self.master = kept if self.full_precision else kept.to(torch.float32, copy=True)
+        self.grad_shard = torch.zeros(self.shard_numel, dtype=self.accum_dtype, device=self.device)
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether the weights are their own master copy."""
+        return self.weight_dtype in (torch.float32, torch.float64)
+
+    def _source_dtype(self) -> torch.dtype:
+        if any(slot.param.dtype == torch.float32 for slot in self.slots):
+            return torch.float32
+        return self.weight_dtype
+
+    def use_grad_buffer(self, buffer: torch.Tensor) -> None:
+        """Takes a full buffer with unknown content; gaps and padding are zeroed, since they are reduced, too."""
+        for low, high in self._gaps:
+            buffer[low:high].zero_()
+        self.grad_full = buffer
+        self.touched.clear()
+
+    def put(self, position: int, grad: torch.Tensor, scale: float) -> None:
+        """Copies (first touch in the window) or adds ``scale * grad`` into the slot."""
+        if self.grad_full is None:
+            raise AssertionError(f"bucket {self.index} has no gradient buffer; please report this")
+        view = self.slots[position].view(self.grad_full)
+        if position in self.touched:
+            view.add_(grad, alpha=scale)
+        else:
+            if scale == 1.0:
+                view.copy_(grad)
+            elif grad.dtype == view.dtype:
+                torch.mul(grad, scale, out=view)
+            else:
+                view.copy_(grad).mul_(scale)
+            self.touched.add(position)
+
+    def zero_untouched(self) -> list[Slot]:
+        """Zeroes the slots without a gradient, so that every rank reduces the same elements; returns them."""
+        if self.grad_full is None:
+            raise AssertionError(f"bucket {self.index} has no gradient buffer; please report this")
+        missing = [slot for i, slot in enumerate(self.slots) if i not in self.touched]
+        for slot in missing:
+            slot.view(self.grad_full).zero_()
+        return missing
+
+    def new_window(self) -> None:
+        """Forgets the gradients of the window; buffers stay."""
+        self.touched.clear()
+        self.ready.clear()
+        self.launched = self.reduced = False

@@ -1,0 +1,311 @@
+"""Gradients from autograd to shards: one event-ordered reducer for ZeRO stages 0, 1 and 2.
+
+[Note: order of collectives] Ranks may finish parameters in different orders (unused parameters, data-dependent control
+flow), so buckets are launched strictly from the last to the first: a bucket waits for those after it, and what is
+still missing when backward returns is filled with zeros and sent then. Every rank thus runs the same collectives.
+
+[Note: late gradients] A parameter used in two reentrant checkpoints fires its hook twice in one backward. If its bucket
+has left by then, the second contribution stays in ``param.grad``; the next reduction of the window takes it, or, at the
+boundary, an extra one, on which the ranks agree in the all-reduce of the gradient norm. Reduction is linear, so the sum
+is the same.
+
+[Note: windows] A *window* is what lies between two optimizer steps. ``grad_full`` holds what was not reduced yet,
+``grad_shard`` the sum of the reductions of the window. Stage 2 reduces in each backward and gives the full buffer back
+to a pool; stages 0 and 1 keep it and reduce at the boundary; stage 0 also gathers the result. ``no_sync`` turns any
+stage's backward into "accumulate in the full buffer, reduce later".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed._core.reduce.bucket import Bucket, Slot
+from deepspeed._core.reduce.transport import Pending, Transport
+from deepspeed.utils.logging import warning_once
+
+__all__ = ["GradReducer", "ReducePolicy"]
+
+_MAX_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class ReducePolicy:
+    """What a stage and its keys mean for gradients."""
+
+    every_backward: bool
+    """Stage 2: reduce in each backward and free the full buffer. Otherwise once, at the boundary."""
+    gather_result: bool
+    """Stage 0: every rank gets the whole reduced gradient."""
+    overlap: bool = False
+    """``overlap_comm``: reductions run behind the rest of backward."""
+    contiguous: bool = True
+    """``contiguous_gradients``: copy a gradient to its bucket when it is made, not when the bucket is sent."""
+    use_reduce_scatter: bool = True
+    """``reduce_scatter``: false sends everything to everyone, as an all-reduce."""
+    pre_scale: float = 1.0
+    """Factor before the sum over ranks (``prescale_gradients``, ``gradient_predivide_factor``)."""
+    post_scale: float = 1.0
+    """Factor after the sum; ``pre_scale * post_scale`` is 1 / world size."""
+
+
+class GradReducer:
+    """Owns the hooks of the parameters and the gradient side of the buckets.
+
+    ``reduce_now`` tells, when a backward starts, whether it is one that reduces.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Bucket], transport: Transport, policy: ReducePolicy, reduce_now: Callable[[], bool]
+    ) -> None:
+        self.buckets = list(buckets)
+        self.transport = transport
+        self.policy = policy
+        self._decide = reduce_now
+        self._order = list(reversed(self.buckets))
+        self._next = 0
+        self._open = False
+        self._reducing = False
+        self._in_flight: list[tuple[Bucket, Pending]] = []
+        self._late: dict[int, Slot] = {}
+        self._pool: list[torch.Tensor] = []
+        self._pool_numel = max((bucket.numel for bucket in self.buckets), default=0)
+        self.unused: list[str] = []
+        """Names of parameters without a gradient on this rank in the last reducing backward."""
+        self._handles = [
+            slot.param.register_post_accumulate_grad_hook(self._make_hook(bucket, position))
+            for bucket in self.buckets
+            for position, slot in enumerate(bucket.slots)
+        ]
+
+    # -- a backward ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the window holds reduced gradients, ready for a step."""
+        return any(bucket.reduced for bucket in self.buckets)
+
+    @property
+    def late(self) -> bool:
+        """Whether this rank holds contributions that no reduction has taken, see [Note: late gradients]."""
+        return bool(self._late)
+
+    def begin_backward(self) -> None:
+        """Opens a backward; the first hook does it, if nobody else."""
+        if self._open:
+            return
+        self._open, self._reducing, self._next = True, self._decide(), 0
+        if self.policy.gather_result:
+            # What stage 0 shows in .grad after a reduction is a result; autograd must not add to it.
+            for bucket in self.buckets:
+                if bucket.reduced:
+                    for slot in bucket.slots:
+                        slot.param.grad = None
+
+    def end_backward(self) -> None:
+        """Sends what is missing and waits for all. Collective if this backward reduces. Idempotent."""
+        if not self._open:
+            return
+        if self._reducing:
+            self.unused = []
+            while self._next < len(self._order):
+                self._launch(self._order[self._next])
+                self._next += 1
+            self._drain()
+            self._share_results(self._order)
+            for bucket in self.buckets:
+                bucket.ready.clear()
+                bucket.launched = False
+        self._open = False
+
+    def reduce_late(self) -> None:
+        """Reduces the late contributions of all ranks into the shards. Collective; every rank must call it."""
+        for bucket in self._order:
+            extra = torch.zeros(bucket.numel, dtype=bucket.comm_dtype, device=bucket.device)
+            for slot in bucket.slots:
+                if id(slot) in self._late and slot.param.grad is not None:
+                    slot.view(extra).copy_(slot.param.grad).mul_(self.policy.pre_scale)
+                    slot.param.grad = None
+            self.transport.reduce_scatter(
+                extra, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced
+            ).wait()
+            bucket.reduced = True
+        self._share_results(self._order)
+        self._late.clear()
+
+    def abort(self) -> None:
+        """After an exception in backward: waits for what is in flight and drops the whole window's gradients."""
+        # The exception that brought us here is the one to report, not what it did to a collective.
+        with contextlib.suppress(RuntimeError):
+            self._drain()
+        self._in_flight.clear()
+        self._open = False
+        self.end_window()
+
+    def end_window(self) -> None:
+        """Forgets the gradients; called after a step, applied or skipped, and by ``zero_grad``."""
+        self._late.clear()
+        for bucket in self.buckets:
+            bucket.new_window()
+            if self.policy.every_backward:
+                self._give_back(bucket)
+            for slot in bucket.slots:
+                slot.param.grad = None
+
+    def detach(self) -> None:
+        """Removes the hooks and frees the buffers. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._drain()
+        self._pool = []
+        for bucket in self.buckets:
+            bucket.grad_full = None
+            bucket.grad_shard = torch.zeros(0)
+
+    # -- internals ---------------------------------------------------------------------------------------------------
+
+    def _make_hook(self, bucket: Bucket, position: int) -> Callable[[torch.Tensor], None]:
+        def on_gradient(param: torch.Tensor) -> None:
+            self._on_gradient(bucket, position, param)
+
+        return on_gradient
+
+    def _on_gradient(self, bucket: Bucket, position: int, param: torch.Tensor) -> None:
+        if not self._open:
+            self.begin_backward()
+        slot = bucket.slots[position]
+        if bucket.launched:
+            self._late[id(slot)] = slot
+            return
+        self._late.pop(id(slot), None)
+        if self.policy.contiguous or not self._reducing:
+            self._absorb(bucket, position, param)
+        if self._reducing:
+            bucket.ready.add(position)
+            if self.policy.overlap or self.policy.every_backward:
+                while self._next < len(self._order) and len(self._order[self._next].ready) == len(
+                    self._order[self._next].slots
+                ):
+                    self._launch(self._order[self._next])
+                    self._next += 1
+
+    def _absorb(self, bucket: Bucket, position: int, param: torch.Tensor) -> None:
+        grad = param.grad
+        if grad is None:
+            return
+        if grad.is_sparse:
+            warning_once(f"{bucket.slots[position].name} has a sparse gradient; it is reduced as a dense one")
+            grad = grad.to_dense()
+        self._ensure_buffer(bucket)
+        view = bucket.slots[position].view(self._full(bucket))
+        if grad.data_ptr() != view.data_ptr() or grad.dtype != view.dtype or not view.numel():
+            bucket.put(position, grad, self.policy.pre_scale)
+        elif position not in bucket.touched:
+            raise RuntimeError(
+                f"a second backward added to the reduced gradient of {bucket.slots[position].name}: use "
+                "engine.backward(loss) instead of loss.backward(), or call engine.step() in between"
+            )
+        # While accumulating, autograd may add into the bucket by itself; a scaled or wider copy goes through the hook.
+        in_place = not self._reducing and view.dtype == param.dtype and self.policy.pre_scale == 1.0
+        param.grad = view if in_place else None
+
+    def _ensure_buffer(self, bucket: Bucket) -> None:
+        if bucket.grad_full is not None and bucket.touched:
+            return
+        dtype = bucket.comm_dtype if self._reducing else bucket.accum_dtype
+        if bucket.grad_full is not None:
+            if bucket.grad_full.dtype == dtype:
+                return
+            self._give_back(bucket)
+        if self.policy.every_backward:
+            for index, buffer in enumerate(self._pool):
+                if buffer.dtype == dtype:
+                    bucket.use_grad_buffer(self._pool.pop(index)[: bucket.numel])
+                    return
+            buffer = torch.empty(self._pool_numel, dtype=dtype, device=bucket.device)
+            bucket.use_grad_buffer(buffer[: bucket.numel])
+        else:
+            bucket.use_grad_buffer(torch.empty(bucket.numel, dtype=dtype, device=bucket.device))
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Sends a bucket; unless overlapping, also waits for it."""
+        if not self.policy.contiguous:
+            for position, slot in enumerate(bucket.slots):
+                if slot.param.grad is not None:
+                    self._absorb(bucket, position, slot.param)
+        self._ensure_buffer(bucket)
+        self.unused += [slot.name for slot in bucket.zero_untouched() if slot.numel]
+        full = self._full(bucket)
+        if full.dtype != bucket.comm_dtype:
+            full = full.to(bucket.comm_dtype)
+        bucket.launched = True
+        overlap = self.policy.overlap
+        if self.policy.use_reduce_scatter:
+            pending = self.transport.reduce_scatter(
+                full, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced, eager=overlap
+            )
+        else:
+            pending = self._all_reduce_instead(bucket, full)
+        self._in_flight.append((bucket, pending))
+        if not overlap:
+            self._drain()
+        elif len(self._in_flight) > _MAX_IN_FLIGHT:
+            self._wait_oldest()
+
+    def _all_reduce_instead(self, bucket: Bucket, full: torch.Tensor) -> Pending:
+        whole = self.transport.all_reduce(full, scale=self.policy.post_scale, eager=self.policy.overlap)
+        accumulate = bucket.reduced
+
+        def finish() -> None:
+            whole.wait()
+            own = bucket.slice_of(full)
+            if accumulate:
+                bucket.grad_shard.add_(own)
+            else:
+                bucket.grad_shard.copy_(own)
+
+        return Pending(finish=finish)
+
+    def _wait_oldest(self) -> None:
+        bucket, pending = self._in_flight.pop(0)
+        pending.wait()
+        bucket.reduced = True
+        bucket.touched.clear()
+        if self.policy.every_backward:
+            self._give_back(bucket)
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._wait_oldest()
+
+    def _share_results(self, buckets: Sequence[Bucket]) -> None:
+        """Stage 0: the reduced gradients go to every rank and show in ``param.grad``."""
+        if not self.policy.gather_result:
+            return
+        pending = []
+        for bucket in buckets:
+            full = self._full(bucket)
+            bucket.slice_of(full).copy_(bucket.grad_shard)
+            pending.append(self.transport.all_gather(full, limit_numel=bucket.numel))
+        for bucket, gather in zip(buckets, pending, strict=True):
+            gather.wait()
+            for slot in bucket.slots:
+                view = slot.view(self._full(bucket))
+                slot.param.grad = view if view.dtype == slot.param.dtype else None
+
+    @staticmethod
+    def _full(bucket: Bucket) -> torch.Tensor:
+        if bucket.grad_full is None:
+            raise AssertionError(f"bucket {bucket.index} has no gradient buffer; please report this")
+        return bucket.grad_full
+
+    def _give_back(self, bucket: Bucket) -> None:
+        if bucket.grad_full is not None:
+            whole = bucket.grad_full._base if bucket.grad_full._base is not None else bucket.grad_full
+            if len(self._pool) < _MAX_IN_FLIGHT and whole.numel() == self._pool_numel:
+                self._pool.append(whole)
+            bucket.grad_full = None

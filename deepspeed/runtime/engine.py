@@ -1,0 +1,423 @@
+"""The training engine: forward, backward and step of a wrapped model, phases only.
+
+What each phase needs is built once by :mod:`deepspeed.runtime.engine_setup`; gradients, shards and precision live in
+the optimizer (:mod:`deepspeed.runtime.flat_optimizer`), files in :mod:`deepspeed.runtime.engine_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from deepspeed import comm as dist
+from deepspeed.errors import ConfigError
+from deepspeed.runtime import engine_checkpoint, engine_setup
+from deepspeed.runtime.config import BatchSizes, DeepSpeedConfig
+from deepspeed.runtime.config_getters import ConfigGetters
+from deepspeed.runtime.dataloader import DeepSpeedDataLoader
+from deepspeed.runtime.flat_optimizer import FlatOptimizer
+from deepspeed.runtime.progress import Progress
+from deepspeed.runtime.utils import map_tensors
+from deepspeed.utils.logging import log_dist, warning_once
+from deepspeed.version import __version__
+
+__all__ = ["DeepSpeedEngine"]
+
+
+class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
+    """Wraps a module for distributed training; made by :func:`deepspeed.initialize`, whose arguments it takes.
+
+    Unknown attributes resolve on the wrapped module. Construction is collective.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: str | dict[str, Any],
+        *,
+        args: Any = None,
+        optimizer: engine_setup.OptimizerLike = None,
+        model_parameters: Iterable[Any] | None = None,
+        training_data: Any = None,
+        lr_scheduler: Any = None,
+        mpu: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigError(f"deepspeed.initialize: model must be a torch.nn.Module, not {type(model).__name__}")
+        self.config = config
+        self.mpu = mpu
+        self.device = engine_setup.choose_device(args)
+        self.dp_process_group = engine_setup.data_parallel_group(mpu)
+        self._config = DeepSpeedConfig(config)
+        self._config.resolve_batch(dist.get_world_size(self.dp_process_group))
+        log_dist(f"DeepSpeed info: version={__version__}, world size={dist.get_world_size()}, device={self.device}")
+
+        self.module = model
+        self.collate_fn = collate_fn
+        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self.loaded_checkpoint_tag: str | None = None
+        self._boundary: bool | None = None
+        self._accumulate_only = False
+        self._step_applied = False
+        self._precision = engine_setup.precision_policy(self._config)
+        self._progress = Progress(
+            self._config.steps_per_print, self._config.wall_clock_breakdown, self.train_batch_size()
+        )
+
+        inner = engine_setup.make_inner_optimizer(self._config, optimizer, model_parameters, model)
+        trained = {p for g in inner.param_groups for p in g["params"] if p.requires_grad} if inner else set()
+        engine_setup.prepare_module(model, self._precision, self.device, self.dp_process_group, trained)
+        self._flat: FlatOptimizer | None = None
+        if inner is not None:
+            self._flat = engine_setup.make_flat_optimizer(
+                self._config,
+                inner,
+                model,
+                self._precision,
+                device=self.device,
+                group=self.dp_process_group,
+                reduce_now=self._reduces_now,
+            )
+        # A plain fp32 run without ZeRO gives the user's own optimizer back.
+        self.optimizer: Any = inner if type(self._flat) is FlatOptimizer else self._flat
+        self.basic_optimizer = inner
+        self.lr_scheduler = engine_setup.make_scheduler(self._config, lr_scheduler, inner)
+        self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        if self._config.dump_state:
+            self._config.print("DeepSpeedEngine configuration")
+
+    # -- the three phases --------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped module and returns its output unchanged."""
+        with self._progress.phase("forward"), self._autocast():
+            if self._precision.cast_inputs:
+                args, kwargs = self._cast_inputs(args), self._cast_inputs(kwargs)
+            return self.module(*args, **kwargs)
+
+    def backward(
+        self, loss: torch.Tensor, scale_wrt_gas: bool = True, retain_graph: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """Accumulates the gradient of the mean over micro-batches; reduces over ranks where the stage does.
+
+        ``scale_wrt_gas=False``: the loss is already divided by the accumulation steps. Collective in reducing
+        backwards. After an exception the window's gradients are dropped and the engine is ready for a new window.
+        """
+        flat = self._require_optimizer("backward")
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            raise ValueError(
+                "backward() needs a loss tensor that depends on trained parameters"
+                + ("" if isinstance(loss, torch.Tensor) else f", not {type(loss).__name__}")
+                + ": was it computed under no_grad, or from detached values?"
+            )
+        create_graph = kwargs.pop("create_graph", False)
+        for name in kwargs:
+            warning_once(f"backward() ignores the argument {name!r}")
+        steps = self.gradient_accumulation_steps()
+        with self._progress.phase("backward"):
+            scaled = loss / steps if scale_wrt_gas and steps > 1 else loss
+            try:
+                flat.backward(scaled, retain_graph=retain_graph, create_graph=create_graph)
+            except BaseException:
+                self.micro_steps -= self.micro_steps % steps
+                raise
+        return loss
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """At the accumulation boundary: clip, update, share the weights, zero the gradients, advance the schedule."""
+        flat = self._require_optimizer("step")
+        if self.is_gradient_accumulation_boundary():
+            with self._progress.phase("step"):
+                flat.step()
+            self._step_applied = not flat.overflow
+            if flat.overflow:
+                self.skipped_steps += 1
+            elif self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+            self.global_steps += 1
+            self.global_samples += self.train_batch_size()
+            self._progress.after_step(
+                self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.train_batch_size()
+            )
+        self.micro_steps += 1
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        raise RuntimeError("train_batch() belongs to the pipeline engine; call forward, backward and step")
+
+    # -- accumulation ------------------------------------------------------------------------------------------------
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch ends a window: as set by hand, else every ``gradient_accumulation_steps``."""
+        if self._boundary is not None:
+            return self._boundary
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Decides the boundary by hand, from now on. Then call ``step()`` only at boundaries."""
+        self._boundary = bool(is_boundary)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside accumulate locally, whatever the stage; the next one outside reduces it all.
+
+        Stage 2 then holds whole gradients until that reduction.
+        """
+        before, self._accumulate_only = self._accumulate_only, True
+        try:
+            yield
+        finally:
+            self._accumulate_only = before
+
+    def _reduces_now(self) -> bool:
+        if self._accumulate_only:
+            return False
+        return self.zero_optimization_stage() >= 2 or self.is_gradient_accumulation_boundary()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the accumulation steps so that a step sees this many samples; the micro-batch stays."""
+        per_micro_step = self.train_micro_batch_size_per_gpu() * dist.get_world_size(self.dp_process_group)
+        if train_batch_size <= 0 or train_batch_size % per_micro_step:
+            raise ValueError(
+                f"train batch size {train_batch_size} is not a positive multiple of micro batch x data-parallel ranks "
+                f"= {self.train_micro_batch_size_per_gpu()} x {per_micro_step // self.train_micro_batch_size_per_gpu()}"
+            )
+        self._set_batch(self.train_micro_batch_size_per_gpu(), train_batch_size // per_micro_step)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Changes the samples per rank and backward; the accumulation steps stay."""
+        if micro_batch_size <= 0:
+            raise ValueError(f"micro batch size must be positive, not {micro_batch_size}")
+        self._set_batch(micro_batch_size, self.gradient_accumulation_steps())
+
+    def _set_batch(self, micro_batch: int, accumulation: int) -> None:
+        ranks = self.dp_world_size
+        self._config.batch = BatchSizes(micro_batch * accumulation * ranks, micro_batch, accumulation, ranks)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients, also those accumulated since the last step."""
+        if self._flat is not None:
+            self._flat.zero_grad()
+        self.module.zero_grad(set_to_none=True)
+
+    # -- facts about the run -----------------------------------------------------------------------------------------
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's gradients before clipping, the same on all ranks; None before the first step."""
+        return self._flat.grad_norm if self._flat is not None else None
+
+    def was_step_applied(self) -> bool:
+        """Whether the last boundary ``step()`` changed the weights; False if it was skipped."""
+        return self._step_applied
+
+    @property
+    def overflow(self) -> bool:
+        return self._flat is not None and self._flat.overflow
+
+    def get_lr(self) -> list[float]:
+        """Current learning rate of each parameter group."""
+        return [group["lr"] for group in self._groups() if "lr" in group]
+
+    def get_mom(self) -> list[Any]:
+        """Current momentum (or betas) of each parameter group."""
+        return [group.get("betas", group.get("momentum", 0.0)) for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.basic_optimizer.param_groups if self.basic_optimizer is not None else []
+
+    @property
+    def loss_scale(self) -> float:
+        return self._flat.loss_scale if self._flat is not None else 1.0
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss as ``backward`` would take it: divided by the accumulation steps, times the loss scale.
+
+        ``engine.scale(loss).backward()`` gives the gradients of ``engine.backward(loss)``.
+        """
+        return loss * (self.loss_scale / self.gradient_accumulation_steps())
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """Train batch, micro batch, accumulation steps."""
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Dtype of the weights and of gradient sums."""
+        weights = self._precision.param_dtype or torch.float32
+        return weights, self._precision.accum_dtype_of(weights)
+
+    @property
+    def dp_world_size(self) -> int:
+        return dist.get_world_size(self.dp_process_group)
+
+    @property
+    def global_rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def local_rank(self) -> int:
+        return dist.get_local_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.zero_optimization_stage() >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        return self.zero_optimization_stage() >= 3
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DeepSpeedDataLoader:
+        """A loader with this rank's share of ``dataset``; shuffled for ``route="train"``, in order otherwise."""
+        return DeepSpeedDataLoader(
+            dataset,
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            rank=dist.get_rank(self.dp_process_group),
+            world_size=self.dp_world_size,
+            shuffle=route == "train",
+            drop_last=self.dataloader_drop_last(),
+            pin_memory=pin_memory,
+            collate_fn=collate_fn or self.collate_fn,
+            sampler=data_sampler,
+            num_workers=num_local_io_workers or 0,
+        )
+
+    # -- weights and checkpoints -------------------------------------------------------------------------------------
+
+    def module_state_dict(
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """The wrapped module's state dict, optionally without frozen parameters (buffers stay)."""
+        extra = {} if destination is None else {"destination": destination}
+        state = self.module.state_dict(**extra, prefix=prefix, keep_vars=keep_vars)
+        if exclude_frozen_parameters:
+            for name, param in self.module.named_parameters(remove_duplicate=False):
+                if not param.requires_grad:
+                    state.pop(prefix + name, None)
+        return state
+
+    def load_module_state_dict(
+        self, state_dict: dict[str, Any], strict: bool = True, custom_load_fn: Callable[..., Any] | None = None
+    ) -> None:
+        """Loads weights into the module and makes the fp32 masters follow."""
+        if custom_load_fn is not None:
+            custom_load_fn(src=state_dict, dst=self.module)
+        else:
+            self.module.load_state_dict(state_dict, strict=strict)
+        if self._flat is not None:
+            self._flat.refresh_master()
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Writes the model's weights, in the model's dtype, to one file on rank 0. True when saved. Collective."""
+        return engine_checkpoint.save_weights(self, save_dir, save_filename, exclude_frozen_parameters)
+
+    save_fp16_model = save_16bit_model
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes ``save_dir/tag`` (default ``global_step<N>``) and points ``latest`` at it. Collective.
+
+        ``client_state`` holds plain values and tensors; :meth:`load_checkpoint` gives them back. True when saved.
+        """
+        return engine_checkpoint.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Loads ``load_dir/tag`` (default: what ``latest`` names). Returns its path and the client state. Collective.
+
+        ``(None, None)`` if there is no ``latest``; a ``CheckpointError`` on every rank, and an unchanged engine, if
+        the checkpoint is damaged or of another model.
+        """
+        what = engine_checkpoint.LoadWhat(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+        return engine_checkpoint.load(self, load_dir, tag, what)
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+        return engine_checkpoint.consolidated(self, exclude_frozen_parameters)
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+        return engine_checkpoint.consolidated(self, exclude_frozen_parameters)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:  # type: ignore[override]
+        """Compiles the wrapped module in place with ``torch.compile``."""
+        self.module.compile(backend=backend, **(compile_kwargs or {}))
+
+    def destroy(self) -> None:
+        """Removes hooks and frees gradient buffers; the module keeps its weights. Idempotent."""
+        if self._flat is not None:
+            self._flat.destroy()
+
+    def empty_partition_cache(self) -> None:
+        """Frees parameters kept gathered; stages 0 to 2 partition none, so there is nothing to free."""
+
+    def _require_optimizer(self, what: str) -> FlatOptimizer:
+        if self._flat is None:
+            raise RuntimeError(
+                f"engine.{what}() needs an optimizer: pass one to deepspeed.initialize, or name one in the config "
+                '("optimizer": {"type": ...}), together with trainable parameters'
+            )
+        return self._flat
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        if not self._config.torch_autocast.enabled:
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=self._config.torch_autocast.dtype or torch.bfloat16):
+            yield
+
+    def _cast_inputs(self, inputs: Any) -> Any:
+        dtype = self._precision.param_dtype
+        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that neither the engine nor nn.Module has are the wrapped module's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None:
+                raise
+            return getattr(module, name)

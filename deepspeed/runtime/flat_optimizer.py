@@ -1,0 +1,369 @@
+"""The optimizer of ZeRO stages 0, 1 and 2: buckets, reducer, precision and stepper composed; a stage is a choice of parts.
+
+| stage | gradients | this rank updates |
+| --- | --- | --- |
+| 0 | reduced at the boundary, gathered | every parameter |
+| 1 | reduced at the boundary | its slice of each bucket |
+| 2 | reduced in each backward | its slice of each bucket |
+
+Source: ZeRO (Rajbhandari et al. 2020) sections 5.1-5.2; the ZeRO chapter of the API documentation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeed._core.layout.flat import plan_buckets
+from deepspeed._core.precision.norm import clip_factor, squared_norm
+from deepspeed._core.precision.policy import PrecisionPolicy
+from deepspeed._core.reduce.bucket import Bucket, Slot
+from deepspeed._core.reduce.reducer import GradReducer, ReducePolicy
+from deepspeed._core.reduce.transport import Pending, Transport, make_transport
+from deepspeed._core.reduce.verify import GradientCheck
+from deepspeed._core.step.stepper import make_stepper
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
+from deepspeed.utils.logging import log_dist, warning_once
+from deepspeed.utils.tensor_fragment import register_owner, unregister_owner
+
+__all__ = ["FlatOptimizer", "FlatSettings"]
+
+
+@dataclass(frozen=True)
+class FlatSettings:
+    """What the config says about partitioning and the step; see the keys of ``zero_optimization``."""
+
+    stage: int
+    precision: PrecisionPolicy
+    reduce: ReducePolicy
+    bucket_numel: int
+    allgather_numel: int
+    allgather_partitions: bool = True
+    gradient_clipping: float = 0.0
+    fail_on_unused: bool = False
+    """``ignore_unused_parameters: false``."""
+    verify_steps: int = 0
+
+
+class FlatOptimizer(DeepSpeedOptimizer):
+    """Takes over the parameters of ``optimizer`` (re-pointed into flat buckets) and updates them shard by shard.
+
+    ``names`` maps parameters to their full names in the model. ``reduce_now`` is asked at the start of each backward.
+    Construction is collective: rank 0's weights are broadcast.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[torch.nn.Parameter, str],
+        settings: FlatSettings,
+        *,
+        device: torch.device,
+        group: torch.distributed.ProcessGroup | None,
+        loss_scaler: LossScalerBase | None = None,
+        reduce_now: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.optimizer = optimizer
+        self.settings = settings
+        self.dp_process_group = group
+        self.transport: Transport = make_transport(group, device)
+        self.loss_scaler = loss_scaler or LossScaler(1.0)
+        self.overflow = False
+        self.skipped_steps = 0
+        self._global_grad_norm: float | None = None
+        self._whole = settings.stage == 0
+        self.buckets = self._make_buckets(names, device)
+        masters = self._hand_over_masters()
+        self._stepper = make_stepper(optimizer, masters, whole=self._whole)
+        self._masters = masters
+        self.reducer = GradReducer(self.buckets, self.transport, settings.reduce, reduce_now)
+        self._check = GradientCheck(self.buckets, self.transport, settings.verify_steps)
+        self._alive = True
+        for slot in self.slots():
+            register_owner(slot.param, self, slot)
+
+    # -- construction ------------------------------------------------------------------------------------------------
+
+    def _make_buckets(self, names: Mapping[torch.nn.Parameter, str], device: torch.device) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        precision = self.settings.precision
+        for group_index, group in enumerate(self.optimizer.param_groups):
+            trainable = [p for p in group["params"] if p.requires_grad]
+            dtypes = list(dict.fromkeys(precision.param_dtype or p.dtype for p in trainable))
+            for dtype in dtypes:
+                named = [(names[p], p) for p in trainable if (precision.param_dtype or p.dtype) == dtype]
+                plans = plan_buckets(
+                    [p.numel() for _, p in named],
+                    limit_numel=self.settings.bucket_numel,
+                    world_size=self.transport.world_size,
+                )
+                for plan in plans:
+                    bucket = Bucket(
+                        len(buckets),
+                        group_index,
+                        plan,
+                        named,
+                        rank=self.transport.rank,
+                        world_size=self.transport.world_size,
+                        weight_dtype=dtype,
+                        comm_dtype=precision.comm_dtype_of(dtype),
+                        accum_dtype=precision.accum_dtype_of(dtype),
+                        device=device,
+                    )
+                    bucket.adopt(sharded_master=not self._whole, broadcast_from_first=self._broadcast)
+                    buckets.append(bucket)
+        return buckets
+
+    def _broadcast(self, flat: torch.Tensor) -> None:
+        if self.transport.world_size > 1:
+            torch.distributed.broadcast(flat, src=self.transport.global_rank(0), group=self.dp_process_group)
+
+    def _hand_over_masters(self) -> dict[int, list[torch.Tensor]]:
+        """Puts the tensors to update into the optimizer's own group dicts, in place of the model's parameters."""
+        if self.optimizer.state:
+            warning_once(
+                "the optimizer given to deepspeed.initialize already has state; it starts anew. Load optimizer state "
+                "with engine.load_checkpoint instead"
+            )
+            self.optimizer.state.clear()
+        masters: dict[int, list[torch.Tensor]] = {}
+        for bucket in self.buckets:
+            if not self._whole:
+                masters[bucket.index] = [bucket.master]
+            elif bucket.full_precision:
+                masters[bucket.index] = [slot.param for slot in bucket.slots]
+            else:
+                masters[bucket.index] = [slot.view(bucket.master) for slot in bucket.slots]
+        for group_index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [m for b in self.buckets if b.group_index == group_index for m in masters[b.index]]
+        return masters
+
+    # -- what users and clients read ---------------------------------------------------------------------------------
+
+    def slots(self) -> list[Slot]:
+        """Every trained parameter's place, in bucket order."""
+        return [slot for bucket in self.buckets for slot in bucket.slots]
+
+    @property
+    def stage(self) -> int:
+        return self.settings.stage
+
+    @property
+    def single_partition_of_fp32_groups(self) -> list[torch.Tensor]:
+        """The fp32 masters that this rank updates, 1-D, one a bucket."""
+        return [bucket.master for bucket in self.buckets]
+
+    @property
+    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The model's trained parameters, by optimizer group."""
+        groups: list[list[torch.nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        for bucket in self.buckets:
+            groups[bucket.group_index] += [slot.param for slot in bucket.slots]
+        return groups
+
+    fp16_groups = bit16_groups
+
+    @property
+    def averaged_gradients(self) -> dict[int, list[torch.Tensor]]:
+        """This rank's reduced gradient shards by optimizer group; still times the loss scale."""
+        result: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(self.optimizer.param_groups))}
+        for bucket in self.buckets:
+            if bucket.reduced:
+                result[bucket.group_index].append(bucket.grad_shard)
+        return result
+
+    def get_fp32_grad_partitions(self) -> dict[int, dict[int, torch.Tensor]]:
+        """Reduced gradient shards in fp32, by optimizer group and bucket."""
+        result: dict[int, dict[int, torch.Tensor]] = {}
+        for bucket in self.buckets:
+            if bucket.reduced:
+                result.setdefault(bucket.group_index, {})[bucket.index] = bucket.grad_shard.float()
+        return result
+
+    @property
+    def loss_scale(self) -> float:
+        return self.loss_scaler.loss_scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self.loss_scaler.dynamic
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradients before clipping; None before the first step."""
+        return self._global_grad_norm
+
+    def master_of(self, bucket: Bucket) -> list[torch.Tensor]:
+        """The tensors of a bucket that are keys of ``optimizer.state``."""
+        return self._masters[bucket.index]
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """``loss.backward()`` with loss scaling and the reduction that is due. Collective at reducing backwards."""
+        self.reducer.begin_backward()
+        try:
+            (loss * self.loss_scale if self.loss_scale != 1.0 else loss).backward(**kwargs)
+            self.reducer.end_backward()
+        except BaseException:
+            self.reducer.abort()
+            self._check.reset()
+            raise
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Applies the reduced gradients of the window, or skips them if they are not finite. Collective."""
+        if closure is not None:
+            raise ValueError("closures are not supported: gradients come from engine.backward(loss)")
+        self.reducer.end_backward()
+        if not self.reducer.has_gradients:
+            warning_once("step() found no gradients to apply: no backward reduced any since the last step")
+            return
+        norm = self._agree_on_norm()
+        self._check.compare(self.settings.reduce, self.loss_scale)
+        self._global_grad_norm = norm
+        self.overflow = self.settings.precision.check_overflow and not math.isfinite(norm)
+        if self.overflow:
+            self._report_skip()
+        else:
+            factor = clip_factor(norm, self.settings.gradient_clipping) / self.loss_scale
+            self._stepper.update(self.buckets, factor, self._publish)
+        self.reducer.end_window()
+        self.loss_scaler.update_scale(self.overflow)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of the window. ``step`` does this by itself."""
+        self.reducer.end_window()
+
+    def _agree_on_norm(self) -> float:
+        """The unscaled global norm, the same float on all ranks; takes late gradients in, refuses unused ones."""
+        total, late, unused = self._sum_over_ranks()
+        if late:
+            self.reducer.reduce_late()
+            total, late, unused = self._sum_over_ranks()
+        if unused and self.settings.fail_on_unused:
+            names = self.reducer.unused
+            raise RuntimeError(
+                "zero_optimization.ignore_unused_parameters is false and parameters had no gradient on at least one "
+                f"rank; on this rank: {', '.join(names) or 'none'}. Use them in the forward, freeze them, or set "
+                "ignore_unused_parameters to true"
+            )
+        return math.sqrt(total) / self.loss_scale if math.isfinite(total) else math.inf
+
+    def _sum_over_ranks(self) -> tuple[float, bool, bool]:
+        square = squared_norm(bucket.grad_shard for bucket in self.buckets)
+        flags = torch.tensor([float(self.reducer.late), float(bool(self.reducer.unused))], dtype=torch.float64)
+        packed = torch.cat([square.reshape(1), flags.to(square.device)])
+        total, late, unused = self.transport.sum_scalars(packed).tolist()
+        return total, late > 0, unused > 0
+
+    def _publish(self, bucket: Bucket) -> Pending:
+        if self._whole:
+            return Pending()
+        if not self.settings.allgather_partitions:
+            return self.transport.broadcast_slices(bucket.weights)
+        return self.transport.all_gather(bucket.weights, limit_numel=self.settings.allgather_numel)
+
+    def _report_skip(self) -> None:
+        """Counts the skip and logs the first parameter with a non-finite gradient. Collective."""
+        self.skipped_steps += 1
+        slots = self.slots()
+        first = len(slots)
+        for index, slot in enumerate(slots):
+            _, begin, numel = slot.overlap(self.transport.rank)
+            if numel and not bool(slot.bucket.grad_shard[begin : begin + numel].isfinite().all()):
+                first = index
+                break
+        found = torch.zeros(len(slots) + 1, dtype=torch.float64, device=self.buckets[0].device)
+        found[first] = 1
+        where = self.transport.sum_scalars(found)[:-1].nonzero()
+        name = slots[int(where[0])].name if len(where) else "only their sum of squares is not finite"
+        log_dist(
+            f"non-finite gradients: step skipped ({self.skipped_steps} so far), first parameter: {name}",
+            level=logging.WARNING,
+        )
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def initialize_optimizer_states(self) -> None:
+        """Makes the optimizer allocate its state now, by a step with zero gradients and zero learning rate.
+
+        Weights keep their values; step counts go back to zero.
+        """
+        saved = [dict(group) for group in self.optimizer.param_groups]
+        tensors = [m for bucket in self.buckets for m in self._masters[bucket.index]]
+        before = [m.detach().clone() for m in tensors]
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        self.optimizer.step()
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.grad = None
+            tensor.detach().copy_(value)
+            for key, entry in self.optimizer.state.get(tensor, {}).items():
+                if isinstance(entry, torch.Tensor):
+                    entry.zero_()
+                elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
+                    self.optimizer.state[tensor][key] = type(entry)(0)
+        for group, old in zip(self.optimizer.param_groups, saved, strict=True):
+            group.update(old)
+
+    def refresh_master(self) -> None:
+        """Makes the masters follow the model's weights, after someone wrote to those. No communication."""
+        for bucket in self.buckets:
+            if not bucket.full_precision:
+                source = bucket.weights if self._whole else bucket.slice_of(bucket.weights)
+                bucket.master.copy_(source)
+
+    def publish_weights(self) -> None:
+        """Makes the model's weights on all ranks follow the masters, after those were loaded or set. Collective."""
+        for bucket in self.buckets:
+            for master, item in zip(self._masters[bucket.index], self._items(bucket), strict=True):
+                if item.data_ptr() != master.data_ptr():
+                    item.copy_(master.detach())
+            self._publish(bucket).wait()
+
+    def _items(self, bucket: Bucket) -> Sequence[torch.Tensor]:
+        if self._whole:
+            return [slot.view(bucket.weights) for slot in bucket.slots]
+        return [bucket.slice_of(bucket.weights)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part in memory layout: masters by bucket, the inner optimizer's state, the scaler."""
+        return {
+            "zero_stage": self.stage,
+            "single_partition_of_fp32_groups": [bucket.master for bucket in self.buckets],
+            "base_optimizer_state": self.optimizer.state_dict(),
+            "loss_scaler": self.loss_scaler.state_dict(),
+            "overflow": self.overflow,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
+        """Takes what :meth:`state_dict` gave on the same rank of the same run layout. Collective."""
+        given = [tuple(t.shape) for t in state_dict["single_partition_of_fp32_groups"]]
+        expected = [tuple(bucket.master.shape) for bucket in self.buckets]
+        if given != expected or state_dict["zero_stage"] != self.stage:
+            raise ValueError(
+                f"this state is of ZeRO stage {state_dict['zero_stage']} with shards {given}; this optimizer is of "
+                f"stage {self.stage} with shards {expected}. Use engine.load_checkpoint, which redistributes"
+            )
+        for bucket, master in zip(self.buckets, state_dict["single_partition_of_fp32_groups"], strict=True):
+            bucket.master.detach().copy_(master)
+        self.optimizer.load_state_dict(state_dict["base_optimizer_state"])
+        self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
+        self.publish_weights()
+
+    def destroy(self) -> None:
+        """Removes hooks and frees gradient buffers; the model keeps its weights. Idempotent."""
+        if self._alive:
+            self._alive = False
+            self._check.detach()
+            self.reducer.detach()
+            for slot in self.slots():
+                unregister_owner(slot.param, self)
