@@ -1,0 +1,110 @@
+"""What ``import deepspeed`` costs and does: next to nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import deepspeed
+
+HEAVY = ("pydantic", "deepspeed.runtime", "deepspeed.ops", "deepspeed.launcher", "triton", "transformers", "tensorboard")
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert not done.stderr
+    return done.stdout
+
+
+def test_import_loads_nothing_heavy_and_prints_nothing():
+    out = run(
+        "import torch, sys; before = set(sys.modules); import deepspeed; import json;"
+        "print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))"
+    )
+    loaded, cuda = json.loads(out)
+    assert not cuda
+    assert not [name for name in loaded if name.startswith(HEAVY)]
+    assert len(loaded) < 20, loaded
+
+
+def test_attributes_exist_after_a_bare_import():
+    out = run(
+        "import deepspeed as d; d.runtime.lr_schedules.VALID_LR_SCHEDULES; d.utils.logging.logger;"
+        "print(*[getattr(d, n).__name__ for n in "
+        "('zero', 'comm', 'ops', 'runtime', 'utils', 'checkpointing', 'accelerator')])"
+    )
+    assert out.split() == [
+        "deepspeed.runtime.zero",
+        "deepspeed.comm",
+        "deepspeed.ops",
+        "deepspeed.runtime",
+        "deepspeed.utils",
+        "deepspeed.runtime.activation_checkpointing.checkpointing",
+        "deepspeed.accelerator",
+    ]
+
+
+def test_version_is_the_distribution_s():
+    assert deepspeed.__version__ == version("deepspeed")
+
+
+PUBLIC = {
+    "deepspeed": {
+        "DeepSpeedConfig",
+        "DeepSpeedConfigError",
+        "DeepSpeedEngine",
+        "DeepSpeedOptimizer",
+        "ZeROOptimizer",
+        "__version__",
+        "accelerator",
+        "add_config_arguments",
+        "add_tuning_arguments",
+        "checkpoint",
+        "checkpointing",
+        "comm",
+        "dist",
+        "env_report",
+        "errors",
+        "get_accelerator",
+        "init_distributed",
+        "initialize",
+        "launcher",
+        "log_dist",
+        "logger",
+        "ops",
+        "runtime",
+        "utils",
+        "zero",
+    },
+    "deepspeed.zero": {
+        "DeepSpeedZeroConfig",
+        "GatheredParameters",
+        "Init",
+        "ZeroParamStatus",
+        "ZeroStageEnum",
+        "config",
+        "offload_config",
+        "partition_parameters",
+        "stage_1_and_2",
+    },
+}
+
+
+def test_public_surface_is_frozen():
+    """A name that appears or disappears here changes the public API: change this list on purpose, and the changelog."""
+    for name, expected in PUBLIC.items():
+        module = deepspeed if name == "deepspeed" else getattr(deepspeed, name.partition(".")[2])
+        for attribute in expected:
+            getattr(module, attribute)
+        ours = {
+            n
+            for n in dir(module)
+            if (not n.startswith("_") or n == "__version__")
+            and n not in {"annotations", "argparse", "torch", "attach", "TYPE_CHECKING", "Any", "Callable", "Iterable", "version"}
+        }
+        assert ours == expected
