@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ commas; a key that stands twice in one section is an error.
 * `"auto"` means the default. For `optimizer.params` and `scheduler.params` that is the default of the constructor.
 * Numbers such as `5e8` are accepted for integers. Sizes of buckets and thresholds are in elements, not bytes.
 * An unknown key warns, with the nearest known one; with `"strict": true` it is an error. Dotted copies of known keys at
-  the top level and the keys {", ".join(f"`{name}`" for name in sorted(CLIENT_KEYS))}, which clients write, are passed over.
+  the top level and the keys {", ".join(f"`{key}`" for key in sorted(CLIENT_KEYS))}, which clients write, are passed over.
 * A key marked *not yet* has no feature behind it in this version: any value but the one shown is refused.
 * The batch sizes obey `train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data-parallel
   ranks`. Give two, or one of the two batch sizes; the rest is derived.
@@ -91,7 +92,7 @@ def default_words(value: Any) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list) and sum(map(len, map(str, value))) > 60:
         return ", ".join(f"`{str(one).rpartition('.')[2]}`" for one in value)
-    return f"`{value}`" if value != "" else '`""`'
+    return f"`{json.dumps(value)}`"
 
 
 def meaning(model: type[DeepSpeedConfigModel], name: str, place: str) -> str:
@@ -120,7 +121,9 @@ def tables(model: type[DeepSpeedConfigModel], place: str) -> Iterator[str]:
             shape, nested_type = nested
             path = join(place, name) + {"one": "", "map": ".<name>", "list": "[i]"}[shape]
             absent = [] if field.default_factory is not None or field.is_required() else ["Absent by default."]
-            inner.append((path, nested_type, [*absent, *remarks(model, name, join(place, name))]))
+            # A generic section has no text of its own: its key's stands in.
+            doc = " ".join((nested_type.__doc__ or field.description or "").replace("``", "`").split())
+            inner.append((path, nested_type, [doc, *absent, *remarks(model, name, join(place, name))]))
             continue
         default = "required" if field.is_required() else default_words(field.get_default(call_default_factory=True))
         words = type_words(field.annotation, tuple(field.metadata))
@@ -129,8 +132,7 @@ def tables(model: type[DeepSpeedConfigModel], place: str) -> Iterator[str]:
     if rows:
         yield "\n".join(["| key | type | default | since | meaning |", "| --- | --- | --- | --- | --- |", *rows]) + "\n"
     for path, nested_type, said in inner:
-        doc = " ".join((nested_type.__doc__ or "").replace("``", "`").split())
-        yield f"{'##' if '.' not in path else '###'} {path}\n\n{' '.join([doc, *said])}\n"
+        yield f"{'##' if '.' not in path else '###'} {path}\n\n{' '.join(said)}\n"
         yield from tables(nested_type, path)
 
 

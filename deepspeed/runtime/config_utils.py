@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Union, get_args, get_origin
@@ -22,6 +23,9 @@ from deepspeed.utils.logging import warning_once
 __all__ = ["ConfigReport", "DeepSpeedConfigModel", "Forward", "explain", "key", "prepare", "section"]
 
 AUTO = "auto"
+
+# Pydantic hands a model's own values to the "before" validator when a field is assigned; this tells the two apart.
+_assigning: ContextVar[bool] = ContextVar("assigning", default=False)
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,19 @@ class DeepSpeedConfigModel(BaseModel):
     def _prepare_keys(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping) or isinstance(data, PreparedSection):
             return data
+        if _assigning.get() and data.keys() >= cls.model_fields.keys():
+            return data  # the values of a whole model, one of them new: nothing that a user wrote
         report = ConfigReport()
         prepared = prepare(cls, data, cls.place, report)
         report.say()
         return prepared
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        token = _assigning.set(True)
+        try:
+            super().__setattr__(name, value)
+        finally:
+            _assigning.reset(token)
 
 
 @dataclass

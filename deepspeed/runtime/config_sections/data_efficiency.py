@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -87,13 +87,20 @@ class DataSamplingConfig(DeepSpeedConfigModel):
     dynamic_batching: DynamicBatchingConfig = section(DynamicBatchingConfig, "Batching by tokens.", since="0.16.5")
 
 
+class RandomLtdStepsConfig(DeepSpeedConfigModel):
+    """Speed of the schedule."""
+
+    require_steps: PosInt | None = key(None, "Steps until the last length.")
+    seq_per_step: PosInt | None = key(None, "Lengths are multiples of this.")
+
+
 class RandomLtdScheduleConfig(DeepSpeedConfigModel):
     """Kept sequence length over time."""
 
     min_value: PosInt | None = key(None, "First length.")
     max_value: PosInt | None = key(None, "Last length.")
     schedule_type: Literal["fixed_linear"] = key("fixed_linear", "Pacing.")
-    schedule_config: dict[str, Any] = key({}, "require_steps and seq_per_step.")
+    schedule_config: RandomLtdStepsConfig = section(RandomLtdStepsConfig, "Speed of the schedule.")
 
 
 class LayerTokenLrConfig(DeepSpeedConfigModel):
