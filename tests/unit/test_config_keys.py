@@ -1,7 +1,7 @@
 """Every documented key exists, with its documented default, and a document that sets them all is read.
 
-The list, ``tests/data/config-keys.txt``, is a transcription of the key tables of the documents, not made from the models; `-` stands for a key without a
-default (null, required, or a section that is absent).
+The list, ``tests/data/config-keys.txt``, is a transcription of the key tables of the documents, not made from the
+models; `-` stands for a key without a default (null, required, or a section that is absent).
 """
 
 from __future__ import annotations
