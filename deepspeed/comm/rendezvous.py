@@ -127,7 +127,10 @@ def _alone(environment: Mapping[str, str]) -> Rendezvous:
 
 
 def _address(environment: Mapping[str, str], found: str, distributed_port: int) -> dict[str, str]:
-    port = environment.get("MASTER_PORT") or str(distributed_port)
+    given = _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else distributed_port
+    if not 0 < given < 65536:  # ranks that look for rank 0 at such a port would wait until the timeout
+        raise ConfigError(f"MASTER_PORT (or distributed_port) expects a port from 1 to 65535, got {given}")
+    port = str(given)
     address = environment.get("MASTER_ADDR")
     if not address:
         if found != "the arguments" and not _mpi_on_one_host(environment, found):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..errors import ConfigError
 from .plan import RankPlan
 
 __all__ = ["LADDERS", "logger", "run_ranks", "set_up_logging"]
@@ -67,6 +68,9 @@ def run_ranks(
     killed). After a signal from the user it is 128 + its number, unless all ranks ended in peace (0). Must be called in
     the main thread. With ``log_folder`` the output of rank r goes to a file there, named for the start time and the
     rank, and the end of a failed rank's file is logged. ``on_start`` gets the ranks' process ids once all run.
+
+    Raises:
+        ConfigError: a rank's program or log file cannot be opened; no rank is left running then.
     """
     with _SignalInbox() as inbox:
         ranks: list[_Rank] = []
@@ -183,7 +187,9 @@ class _Supervisor:
             if code == 0:
                 continue
             if rank.own_session:
-                rank.send(signal.SIGTERM)  # what it started and left behind
+                # What it started and left behind. The number of a group is not given anew while a member lives, and for
+                # an empty group this comes a moment after its end, long before numbers come round again.
+                rank.send(signal.SIGTERM)
             if self._cause is None:
                 self._code = code
                 self._report(rank, returned)
@@ -213,15 +219,18 @@ def _start(plans: Sequence[RankPlan], ranks: list[_Rank], log_folder: Path | Non
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for plan in plans:
         log = None if log_folder is None else log_folder / f"{stamp}_rank{plan.rank}.log"
-        with _output(log) as stream:
-            process = subprocess.Popen(
-                plan.argv,
-                env=plan.environment,
-                stdout=stream,
-                stderr=None if stream is None else subprocess.STDOUT,
-                start_new_session=own_session,
-                preexec_fn=_in_the_child(plan.cores),
-            )
+        try:
+            with _output(log) as stream:
+                process = subprocess.Popen(
+                    plan.argv,
+                    env=plan.environment,
+                    stdout=stream,
+                    stderr=None if stream is None else subprocess.STDOUT,
+                    start_new_session=own_session,
+                    preexec_fn=_in_the_child(plan.cores),
+                )
+        except OSError as error:
+            raise ConfigError(f"rank {plan.rank} cannot be started ({' '.join(plan.argv[:3])} ...): {error}") from error
         ranks.append(_Rank(plan, process, own_session, log))
 
 

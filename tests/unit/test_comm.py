@@ -111,6 +111,8 @@ def test_slurm_step_is_a_rank_but_a_batch_script_is_not():
         ({"MASTER_ADDR": "node-0"}, {}, "RANK and WORLD_SIZE are missing"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, {}, "RANK='x' is not a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, {}, "rank 2 is outside a world of 2"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, {}, "from 1 to 65535, got 0"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, {}, "MASTER_PORT='http' is not a whole number"),
         ({}, {"rank": 0}, "rank=0 and world_size=-1: give both"),
         ({}, {"world_size": 2}, "rank=-1 and world_size=2: give both"),
         ({}, {"init_method": "tcp://h:1"}, "pass rank= and world_size="),
