@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed._core.step import kernels
+from deepspeed._core.step import kernels, native
 from deepspeed.errors import ConfigError, MissingFeatureError
 from deepspeed.ops import __compatible_ops__
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
@@ -680,3 +680,75 @@ def test_compatible_ops():
     assert AsyncIOBuilder().is_compatible() is False
     with pytest.raises(MissingFeatureError, match="async_io"):
         AsyncIOBuilder().load()
+
+
+# ------------------------------------------------------------------------------------------------- compiled loop
+
+
+@pytest.fixture
+def native_everywhere(monkeypatch):
+    """The compiled loop for tensors of every size."""
+    monkeypatch.setattr(native, "MIN_NUMEL", 1)
+    monkeypatch.setattr(kernels, "CPU_TILE_NUMEL", 100)
+    p = torch.zeros(3)
+    if not native.takes(p, p, (p, p), None):
+        pytest.skip("no C compiler here")
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_out", [True, False])
+@pytest.mark.parametrize("numel", [1, 17, 5000])
+def test_compiled_loop_is_the_tiled_update(
+    native_everywhere, monkeypatch, decoupled, bias_correction, grad_dtype, with_out, numel
+):
+    h = {"lr": 0.01, "weight_decay": 0.1, "adam_w_mode": decoupled, "bias_correction": bias_correction}
+    results = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("DS_NATIVE_STEP", switch)
+        (p,) = make_params(shapes=[(numel,)])
+        optimizer = FusedAdam([p], **h)
+        for t in range(4):
+            set_grads([p], t)
+            (out,) = step_flat(
+                optimizer, grad_dtype=grad_dtype, scale=0.5, out_dtype=torch.bfloat16 if with_out else None
+            )
+        if with_out:
+            assert torch.equal(out, p.detach().bfloat16())
+        results.append((p.detach(), *(optimizer.state[p][name] for name in optimizer.state_names)))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("numel", [1, 1024, 1025, 10_000])
+def test_parts_of_threads_cover_everything_once(threads, numel):
+    seen = torch.zeros(numel, dtype=torch.int32)
+
+    def part(start, stop):
+        seen[start:stop] += 1
+
+    native._in_parts(part, numel, threads)
+    assert bool((seen == 1).all())
+
+
+def test_compiled_loop_rounds_special_values_as_torch_does(native_everywhere):
+    values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8])
+    p, out = torch.nn.Parameter(values.clone()), torch.zeros(9, dtype=torch.bfloat16)
+    optimizer = FusedAdam([p], lr=0.0)
+    optimizer.step_tensor(p, torch.zeros(9), optimizer.param_groups[0], lowp_out=out)
+    torch.testing.assert_close(out, values.bfloat16(), equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_compiler_that_fails_leaves_the_tiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "MIN_NUMEL", 1)
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    native._build.cache_clear()
+    try:
+        p = torch.zeros(3)
+        assert not native.takes(p, p, (p, p), None)
+    finally:
+        native._build.cache_clear()
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from deepspeed._core.step import native
+
 __all__ = ["adagrad_", "adam_", "adam_many_", "check_flat", "compute_dtype", "lamb_", "lion_"]
 
 # Elements a tile. CPU, measured on 2 cores with 1 MB of L2 each and 33M elements: below 2^18 the restarts of the
@@ -194,6 +196,12 @@ def adam_(
     ``step`` counts from 1. With fp32 tensors, ``grad_scale`` 1 and no ``lowp_out`` it is one fused call.
     """
     if p.numel() == 0:
+        return
+    if native.takes(p, grad, (exp_avg, exp_avg_sq), lowp_out):
+        native.native_adam_(
+            p, grad, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled=decoupled, bias_correction=bias_correction, grad_scale=grad_scale, lowp_out=lowp_out,
+        )  # fmt: skip
         return
     name = "_fused_adamw_" if decoupled else "_fused_adam_"
     if not _has_fused(name, p.device):
