@@ -124,7 +124,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
             try:
                 flat.backward(scaled, retain_graph=retain_graph, create_graph=create_graph)
             except BaseException:
-                self.micro_steps -= self.micro_steps % steps
+                if self._boundary is None:
+                    self.micro_steps -= self.micro_steps % steps
                 raise
         return loss
 
@@ -134,16 +135,18 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         if self.is_gradient_accumulation_boundary():
             with self._progress.phase("step"):
                 flat.step()
-            self._step_applied = not flat.overflow
+            self._step_applied = flat.applied
             if flat.overflow:
                 self.skipped_steps += 1
-            elif self.lr_scheduler is not None:
+            elif flat.applied and self.lr_scheduler is not None:
                 self.lr_scheduler.step(**(lr_kwargs or {}))
             self.global_steps += 1
             self.global_samples += self.train_batch_size()
             self._progress.after_step(
                 self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.train_batch_size()
             )
+        else:
+            flat.reducer.end_backward()
         self.micro_steps += 1
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
@@ -159,6 +162,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decides the boundary by hand, from now on. Then call ``step()`` only at boundaries."""
+        if self._flat is not None:
+            self._flat.reducer.end_backward()  # a plain loss.backward() before was not of the coming micro-batch
         self._boundary = bool(is_boundary)
 
     @contextlib.contextmanager
@@ -238,7 +243,9 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
         ``engine.scale(loss).backward()`` gives the gradients of ``engine.backward(loss)``.
         """
-        return loss * (self.loss_scale / self.gradient_accumulation_steps())
+        steps = self.gradient_accumulation_steps()
+        scaled = loss / steps if steps > 1 else loss
+        return scaled * self.loss_scale if self.loss_scale != 1.0 else scaled
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """Train batch, micro batch, accumulation steps."""

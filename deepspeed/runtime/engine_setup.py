@@ -103,13 +103,12 @@ def prepare_module(
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         source = 0 if group is None else torch.distributed.get_global_rank(group, 0)
         unique = {id(t): t for t in tensors if t.numel()}.values()
-        works = [
-            torch.distributed.broadcast(t if t.is_contiguous() else t.contiguous(), source, group=group, async_op=True)
-            for t in unique
-            if t.is_contiguous()
-        ]
-        for work in works:
+        copies = [t.contiguous() for t in unique]
+        works = [dist.broadcast(t, source, group=group, async_op=True) for t in copies]
+        for work, tensor, copy in zip(works, unique, copies, strict=True):
             work.wait()
+            if copy is not tensor:
+                tensor.copy_(copy)
 
 
 def make_inner_optimizer(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed._core.reduce.reducer import GradReducer, ReducePolicy
 from deepspeed._core.reduce.transport import Pending, Transport, make_transport
 from deepspeed._core.reduce.verify import GradientCheck
+from deepspeed._core.step.handover import carry_state
 from deepspeed._core.step.stepper import make_stepper
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
@@ -33,6 +35,17 @@ from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.utils.tensor_fragment import register_owner, unregister_owner
 
 __all__ = ["FlatOptimizer", "FlatSettings"]
+
+# Who holds a torch optimizer now; weak on both sides.
+_wrappers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[FlatOptimizer]] = weakref.WeakKeyDictionary()
+
+
+def _release(optimizer: torch.optim.Optimizer) -> None:
+    """Takes the optimizer back from an earlier engine, whose shards are in its groups."""
+    wrapper = _wrappers.get(optimizer)
+    holder = wrapper() if wrapper is not None else None
+    if holder is not None:
+        holder.destroy()
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,15 @@ class FlatSettings:
     fail_on_unused: bool = False
     """``ignore_unused_parameters: false``."""
     verify_steps: int = 0
+
+
+def _check_trainable(name: str, param: torch.Tensor) -> None:
+    if param.is_meta or not param.is_floating_point() or hasattr(param, "placements"):
+        kind = "a DTensor" if hasattr(param, "placements") else f"{param.dtype} on {param.device}"
+        raise ValueError(
+            f"parameter {name} is {kind}: training needs plain floating-point tensors with data. Give meta tensors "
+            "storage first, give plain tensors in place of DTensors, or freeze the parameter"
+        )
 
 
 class FlatOptimizer(DeepSpeedOptimizer):
@@ -75,9 +97,12 @@ class FlatOptimizer(DeepSpeedOptimizer):
         self.transport: Transport = make_transport(group, device)
         self.loss_scaler = loss_scaler or LossScaler(1.0)
         self.overflow = False
+        self.applied = False
         self.skipped_steps = 0
         self._global_grad_norm: float | None = None
         self._whole = settings.stage == 0
+        _release(optimizer)
+        self._given_params = [list(group["params"]) for group in optimizer.param_groups]
         self.buckets = self._make_buckets(names, device)
         masters = self._hand_over_masters()
         self._stepper = make_stepper(optimizer, masters, whole=self._whole)
@@ -85,6 +110,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
         self.reducer = GradReducer(self.buckets, self.transport, settings.reduce, reduce_now)
         self._check = GradientCheck(self.buckets, self.transport, settings.verify_steps)
         self._alive = True
+        _wrappers[optimizer] = weakref.ref(self)
         for slot in self.slots():
             register_owner(slot.param, self, slot)
 
@@ -95,6 +121,8 @@ class FlatOptimizer(DeepSpeedOptimizer):
         precision = self.settings.precision
         for group_index, group in enumerate(self.optimizer.param_groups):
             trainable = [p for p in group["params"] if p.requires_grad]
+            for param in trainable:
+                _check_trainable(names[param], param)
             dtypes = list(dict.fromkeys(precision.param_dtype or p.dtype for p in trainable))
             for dtype in dtypes:
                 named = [(names[p], p) for p in trainable if (precision.param_dtype or p.dtype) == dtype]
@@ -126,12 +154,6 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     def _hand_over_masters(self) -> dict[int, list[torch.Tensor]]:
         """Puts the tensors to update into the optimizer's own group dicts, in place of the model's parameters."""
-        if self.optimizer.state:
-            warning_once(
-                "the optimizer given to deepspeed.initialize already has state; it starts anew. Load optimizer state "
-                "with engine.load_checkpoint instead"
-            )
-            self.optimizer.state.clear()
         masters: dict[int, list[torch.Tensor]] = {}
         for bucket in self.buckets:
             if not self._whole:
@@ -140,6 +162,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
                 masters[bucket.index] = [slot.param for slot in bucket.slots]
             else:
                 masters[bucket.index] = [slot.view(bucket.master) for slot in bucket.slots]
+        carry_state(self.optimizer, self.buckets, masters)
         for group_index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [m for b in self.buckets if b.group_index == group_index for m in masters[b.index]]
         return masters
@@ -209,7 +232,9 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """``loss.backward()`` with loss scaling and the reduction that is due. Collective at reducing backwards."""
-        self.reducer.begin_backward()
+        self._check_usable()
+        self.reducer.end_backward()
+        self.reducer.begin_backward(fresh=bool(kwargs.get("create_graph")))
         try:
             (loss * self.loss_scale if self.loss_scale != 1.0 else loss).backward(**kwargs)
             self.reducer.end_backward()
@@ -222,9 +247,12 @@ class FlatOptimizer(DeepSpeedOptimizer):
         """Applies the reduced gradients of the window, or skips them if they are not finite. Collective."""
         if closure is not None:
             raise ValueError("closures are not supported: gradients come from engine.backward(loss)")
-        self.reducer.end_backward()
+        self._check_usable()
+        self.reducer.reduce_rest()
+        self.applied = False
         if not self.reducer.has_gradients:
-            warning_once("step() found no gradients to apply: no backward reduced any since the last step")
+            warning_once("step() found no gradients to apply: there was no backward since the last step")
+            self.overflow = False
             return
         norm = self._agree_on_norm()
         self._check.compare(self.settings.reduce, self.loss_scale)
@@ -235,12 +263,45 @@ class FlatOptimizer(DeepSpeedOptimizer):
         else:
             factor = clip_factor(norm, self.settings.gradient_clipping) / self.loss_scale
             self._stepper.update(self.buckets, factor, self._publish)
+        self.applied = not self.overflow
         self.reducer.end_window()
         self.loss_scaler.update_scale(self.overflow)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of the window. ``step`` does this by itself."""
-        self.reducer.end_window()
+        self._drop_window()
+
+    def _drop_window(self) -> None:
+        self.reducer.abort()
+        self._check.reset()
+
+    def settle_gradients(self) -> None:
+        """Ends an open backward and takes late gradients in, so that the reduced ones are complete. Collective."""
+        self.reducer.end_backward()
+        if self.reducer.settled or not self.reducer.has_gradients:
+            return
+        late = torch.tensor([float(self.reducer.late)], dtype=torch.float64, device=self.buckets[0].device)
+        if self.transport.sum_scalars(late).item():
+            self.reducer.reduce_late()
+        self.reducer.settled = True
+
+    def _check_usable(self) -> None:
+        """Refuses to train what is no longer ours: silently, nothing would reach the model."""
+        if not self._alive:
+            raise RuntimeError(
+                "this engine does not train any more: it was destroyed, or a later deepspeed.initialize took over "
+                "its parameters. Use the later engine"
+            )
+        for bucket in self.buckets:
+            base = bucket.weights.data_ptr()
+            for slot in bucket.slots:
+                at = base + slot.start * bucket.weights.element_size()
+                if slot.numel and (slot.param.data_ptr() != at or slot.param.dtype != bucket.weights.dtype):
+                    raise RuntimeError(
+                        f"the data of {slot.name} was replaced after deepspeed.initialize (by .to(), .half(), or by "
+                        "assigning .data), so that training would not reach it. Convert the model before initialize, "
+                        "and write values in place: param.data.copy_(values)"
+                    )
 
     def _agree_on_norm(self) -> float:
         """The unscaled global norm, the same float on all ranks; takes late gradients in, refuses unused ones."""
@@ -248,18 +309,20 @@ class FlatOptimizer(DeepSpeedOptimizer):
         if late:
             self.reducer.reduce_late()
             total, late, unused = self._sum_over_ranks()
-        if unused and self.settings.fail_on_unused:
-            names = self.reducer.unused
+        if unused:
+            names = self._names_of(self.reducer.unused())
+            self._drop_window()
             raise RuntimeError(
-                "zero_optimization.ignore_unused_parameters is false and parameters had no gradient on at least one "
-                f"rank; on this rank: {', '.join(names) or 'none'}. Use them in the forward, freeze them, or set "
+                "zero_optimization.ignore_unused_parameters is false, and these parameters had no gradient on at least "
+                f"one rank since the last step: {', '.join(names)}. Use them in the forward, freeze them, or set "
                 "ignore_unused_parameters to true"
             )
         return math.sqrt(total) / self.loss_scale if math.isfinite(total) else math.inf
 
     def _sum_over_ranks(self) -> tuple[float, bool, bool]:
         square = squared_norm(bucket.grad_shard for bucket in self.buckets)
-        flags = torch.tensor([float(self.reducer.late), float(bool(self.reducer.unused))], dtype=torch.float64)
+        unused_here = self.settings.fail_on_unused and bool(self.reducer.unused())
+        flags = torch.tensor([float(self.reducer.late), float(unused_here)], dtype=torch.float64)
         packed = torch.cat([square.reshape(1), flags.to(square.device)])
         total, late, unused = self.transport.sum_scalars(packed).tolist()
         return total, late > 0, unused > 0
@@ -274,21 +337,25 @@ class FlatOptimizer(DeepSpeedOptimizer):
     def _report_skip(self) -> None:
         """Counts the skip and logs the first parameter with a non-finite gradient. Collective."""
         self.skipped_steps += 1
-        slots = self.slots()
-        first = len(slots)
-        for index, slot in enumerate(slots):
+        found: list[Slot] = []
+        for slot in self.slots():
             _, begin, numel = slot.overlap(self.transport.rank)
             if numel and not bool(slot.bucket.grad_shard[begin : begin + numel].isfinite().all()):
-                first = index
+                found.append(slot)
                 break
-        found = torch.zeros(len(slots) + 1, dtype=torch.float64, device=self.buckets[0].device)
-        found[first] = 1
-        where = self.transport.sum_scalars(found)[:-1].nonzero()
-        name = slots[int(where[0])].name if len(where) else "only their sum of squares is not finite"
+        names = self._names_of(found) or ["only their sum of squares is not finite"]
         log_dist(
-            f"non-finite gradients: step skipped ({self.skipped_steps} so far), first parameter: {name}",
+            f"non-finite gradients: step skipped ({self.skipped_steps} so far), first parameter: {names[0]}",
             level=logging.WARNING,
         )
+
+    def _names_of(self, slots: Sequence[Slot]) -> list[str]:
+        """Names of the parameters that any rank gives here, in bucket order. Collective."""
+        every = self.slots()
+        given = {id(slot) for slot in slots}
+        flags = torch.tensor([float(id(s) in given) for s in every], dtype=torch.float64, device=self.buckets[0].device)
+        counts = self.transport.sum_scalars(flags).tolist()
+        return [slot.name for slot, count in zip(every, counts, strict=True) if count]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -360,10 +427,17 @@ class FlatOptimizer(DeepSpeedOptimizer):
         self.publish_weights()
 
     def destroy(self) -> None:
-        """Removes hooks and frees gradient buffers; the model keeps its weights. Idempotent."""
+        """Removes hooks and frees gradient buffers; the model keeps its weights. Idempotent.
+
+        The torch optimizer gets the model's parameters back, without state, so that it can be used again.
+        """
         if self._alive:
             self._alive = False
             self._check.detach()
             self.reducer.detach()
             for slot in self.slots():
                 unregister_owner(slot.param, self)
+            _wrappers.pop(self.optimizer, None)
+            self.optimizer.state.clear()
+            for group, params in zip(self.optimizer.param_groups, self._given_params, strict=False):
+                group["params"] = params

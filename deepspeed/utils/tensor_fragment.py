@@ -204,6 +204,7 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     if found is None:
         return None
     owner, slot = found
+    owner.settle_gradients()
     bucket = _reduced_bucket(owner, slot)
     return _gather(owner, slot, bucket.grad_shard).div_(owner.loss_scale)
 
@@ -219,13 +220,20 @@ def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: s
 
 
 def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
-    """This rank's part of the reduced gradient, 1-D fp32, without loss scale. Collective if a backward is open."""
+    """This rank's part of the reduced gradient (all of it in stage 0), 1-D fp32, without loss scale, a copy.
+
+    Not collective after ``engine.backward``; it is after a plain ``loss.backward()``. Contributions of a parameter that
+    two reentrant checkpoints use may be missing; :func:`safe_get_full_grad` has them.
+    """
     found = _find(param)
     if found is None:
         return None
     owner, slot = found
+    bucket = _reduced_bucket(owner, slot)
+    if owner.stage == 0 and bucket.grad_full is not None:
+        return slot.view(bucket.grad_full).reshape(-1).float() / owner.loss_scale
     _, at, numel = slot.overlap(owner.transport.rank)
-    return _reduced_bucket(owner, slot).grad_shard[at : at + numel].float() / owner.loss_scale
+    return bucket.grad_shard[at : at + numel].float() / owner.loss_scale
 
 
 def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:
@@ -238,31 +246,36 @@ def safe_set_full_optimizer_state(param: torch.nn.Parameter, value: torch.Tensor
     _set_full(param, value, optim_state_key)
 
 
-def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Replaces the reduced gradient, given without loss scale. Every rank calls it with the same value."""
+def _set_grad(param: torch.nn.Parameter, value: torch.Tensor, *, full: bool) -> None:
     found = _find(param)
     if found is None:
         raise ValueError("this parameter is frozen: it has no gradient")
     owner, slot = found
-    if tuple(value.shape) != tuple(slot.param.shape):
+    if full:
+        owner.settle_gradients()
+    bucket = _reduced_bucket(owner, slot)
+    begin, at, numel = slot.overlap(owner.transport.rank)
+    whole = full or owner.stage == 0
+    if full and tuple(value.shape) != tuple(slot.param.shape):
         raise ValueError(f"{slot.name} has shape {tuple(slot.param.shape)}; the given value has {tuple(value.shape)}")
-    begin, _, numel = slot.overlap(owner.transport.rank)
-    safe_set_local_grad(param, value.reshape(-1)[begin : begin + numel])
-    if owner.stage == 0 and slot.bucket.grad_full is not None:
-        slot.view(slot.bucket.grad_full).copy_(value * owner.loss_scale)
+    if value.numel() != (slot.numel if whole else numel):
+        expected = slot.numel if whole else numel
+        raise ValueError(f"this rank owns {expected} elements of {slot.name}; the given value has {value.numel()}")
+    scaled = value.detach().reshape(-1).to(torch.float32) * owner.loss_scale
+    if owner.stage == 0 and bucket.grad_full is not None:
+        # The step reads this copy; the shard below gives the norm.
+        slot.view(bucket.grad_full).view(-1).copy_(scaled)
+    bucket.grad_shard[at : at + numel].copy_(scaled[begin : begin + numel] if whole else scaled)
+
+
+def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Replaces the reduced gradient, given without loss scale. Every rank calls it with the same value. Collective."""
+    _set_grad(param, value, full=True)
 
 
 def safe_set_local_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Replaces this rank's part of the reduced gradient (1-D), given without loss scale."""
-    found = _find(param)
-    if found is None:
-        raise ValueError("this parameter is frozen: it has no gradient")
-    owner, slot = found
-    bucket = _reduced_bucket(owner, slot)
-    _, at, numel = slot.overlap(owner.transport.rank)
-    if value.numel() != numel:
-        raise ValueError(f"this rank owns {numel} elements of {slot.name}; the given value has {value.numel()}")
-    bucket.grad_shard[at : at + numel].copy_(value.reshape(-1)).mul_(owner.loss_scale)
+    """Replaces this rank's part of the reduced gradient (all of it in stage 0; 1-D), given without loss scale."""
+    _set_grad(param, value, full=False)
 
 
 def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:

@@ -78,6 +78,8 @@ class Bucket:
         self.grad_shard = torch.zeros(0)
         # Slots whose gradient of the current accumulation window lies in grad_full.
         self.touched: set[int] = set()
+        # Slots that had any gradient in the window, reduced or not.
+        self.seen: set[int] = set()
         # Slots that had a gradient in the backward that reduces.
         self.ready: set[int] = set()
         self.launched = False
@@ -139,6 +141,7 @@ class Bucket:
         if self.grad_full is None:
             raise AssertionError(f"bucket {self.index} has no gradient buffer; please report this")
         view = self.slots[position].view(self.grad_full)
+        self.seen.add(position)
         if position in self.touched:
             view.add_(grad, alpha=scale)
         else:
@@ -150,17 +153,17 @@ class Bucket:
                 view.copy_(grad).mul_(scale)
             self.touched.add(position)
 
-    def zero_untouched(self) -> list[Slot]:
-        """Zeroes the slots without a gradient, so that every rank reduces the same elements; returns them."""
+    def zero_untouched(self) -> None:
+        """Zeroes the slots without a gradient, so that every rank reduces the same elements."""
         if self.grad_full is None:
             raise AssertionError(f"bucket {self.index} has no gradient buffer; please report this")
-        missing = [slot for i, slot in enumerate(self.slots) if i not in self.touched]
-        for slot in missing:
-            slot.view(self.grad_full).zero_()
-        return missing
+        for position, slot in enumerate(self.slots):
+            if position not in self.touched:
+                slot.view(self.grad_full).zero_()
 
     def new_window(self) -> None:
         """Forgets the gradients of the window; buffers stay."""
         self.touched.clear()
+        self.seen.clear()
         self.ready.clear()
         self.launched = self.reduced = False

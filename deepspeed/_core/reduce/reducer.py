@@ -13,11 +13,16 @@ is the same.
 ``grad_shard`` the sum of the reductions of the window. Stage 2 reduces in each backward and gives the full buffer back
 to a pool; stages 0 and 1 keep it and reduce at the boundary; stage 0 also gathers the result. ``no_sync`` turns any
 stage's backward into "accumulate in the full buffer, reduce later".
+
+[Note: who opens a backward] ``engine.backward`` does. A plain ``loss.backward()`` is opened by its first hook, and nothing
+tells us that it has ended: the next step, backward or read of a gradient closes it, and until then each hook asks again
+whether this backward reduces.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -69,12 +74,14 @@ class GradReducer:
         self._next = 0
         self._open = False
         self._reducing = False
+        # Whether a backward of this window accumulated without a reduction after it; the same on all ranks.
+        self._unreduced = False
+        self.settled = False
+        """Whether the ranks agreed, since the last backward, that no late gradient is left; set by our owner."""
         self._in_flight: list[tuple[Bucket, Pending]] = []
         self._late: dict[int, Slot] = {}
         self._pool: list[torch.Tensor] = []
         self._pool_numel = max((bucket.numel for bucket in self.buckets), default=0)
-        self.unused: list[str] = []
-        """Names of parameters without a gradient on this rank in the last reducing backward."""
         self._handles = [
             slot.param.register_post_accumulate_grad_hook(self._make_hook(bucket, position))
             for bucket in self.buckets
@@ -93,11 +100,24 @@ class GradReducer:
         """Whether this rank holds contributions that no reduction has taken, see [Note: late gradients]."""
         return bool(self._late)
 
-    def begin_backward(self) -> None:
-        """Opens a backward; the first hook does it, if nobody else."""
+    def unused(self) -> list[Slot]:
+        """Parameters that had no gradient on this rank since the last step."""
+        return [s for b in self.buckets for i, s in enumerate(b.slots) if s.numel and i not in b.seen]
+
+    def begin_backward(self, *, fresh: bool = False) -> None:
+        """Opens a backward; the first hook does it, if nobody else.
+
+        ``fresh``: autograd must not add to gradients that are in a bucket already, but make new tensors; with
+        ``create_graph`` it adds out of place, and the sum would be taken for a new contribution.
+        """
         if self._open:
             return
         self._open, self._reducing, self._next = True, self._decide(), 0
+        self._unreduced = not self._reducing
+        self.settled = False
+        if fresh:
+            for bucket in self.buckets:
+                self._hide_views(bucket)
         if self.policy.gather_result:
             # What stage 0 shows in .grad after a reduction is a result; autograd must not add to it.
             for bucket in self.buckets:
@@ -110,7 +130,6 @@ class GradReducer:
         if not self._open:
             return
         if self._reducing:
-            self.unused = []
             while self._next < len(self._order):
                 self._launch(self._order[self._next])
                 self._next += 1
@@ -121,13 +140,20 @@ class GradReducer:
                 bucket.launched = False
         self._open = False
 
+    def reduce_rest(self) -> None:
+        """Reduces what backwards that accumulate only (``no_sync``) left behind. Collective if there is any."""
+        self.end_backward()
+        if self._unreduced:
+            self._open, self._reducing, self._next, self._unreduced = True, True, 0, False
+            self.end_backward()
+
     def reduce_late(self) -> None:
         """Reduces the late contributions of all ranks into the shards. Collective; every rank must call it."""
         for bucket in self._order:
             extra = torch.zeros(bucket.numel, dtype=bucket.comm_dtype, device=bucket.device)
             for slot in bucket.slots:
                 if id(slot) in self._late and slot.param.grad is not None:
-                    slot.view(extra).copy_(slot.param.grad).mul_(self.policy.pre_scale)
+                    slot.view(extra).copy_(_dense(slot)).mul_(self.policy.pre_scale)
                     slot.param.grad = None
             self.transport.reduce_scatter(
                 extra, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced
@@ -137,7 +163,7 @@ class GradReducer:
         self._late.clear()
 
     def abort(self) -> None:
-        """After an exception in backward: waits for what is in flight and drops the whole window's gradients."""
+        """Waits for what is in flight and drops the whole window's gradients: after an exception, by ``zero_grad``."""
         # The exception that brought us here is the one to report, not what it did to a collective.
         with contextlib.suppress(RuntimeError):
             self._drain()
@@ -146,8 +172,9 @@ class GradReducer:
         self.end_window()
 
     def end_window(self) -> None:
-        """Forgets the gradients; called after a step, applied or skipped, and by ``zero_grad``."""
+        """Forgets the gradients; called after a step, applied or skipped."""
         self._late.clear()
+        self._unreduced = False
         for bucket in self.buckets:
             bucket.new_window()
             if self.policy.every_backward:
@@ -160,7 +187,7 @@ class GradReducer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._drain()
+        self.abort()
         self._pool = []
         for bucket in self.buckets:
             bucket.grad_full = None
@@ -169,12 +196,19 @@ class GradReducer:
     # -- internals ---------------------------------------------------------------------------------------------------
 
     def _make_hook(self, bucket: Bucket, position: int) -> Callable[[torch.Tensor], None]:
+        # Weak, so that a parameter does not keep an engine alive that nobody uses any more.
+        reducer, index = weakref.ref(self), bucket.index
+
         def on_gradient(param: torch.Tensor) -> None:
-            self._on_gradient(bucket, position, param)
+            alive = reducer()
+            if alive is not None:
+                alive._on_gradient(alive.buckets[index], position, param)
 
         return on_gradient
 
     def _on_gradient(self, bucket: Bucket, position: int, param: torch.Tensor) -> None:
+        if self._open and not self._reducing and self._decide():
+            self.end_backward()  # a plain loss.backward() of an earlier micro-batch was left open
         if not self._open:
             self.begin_backward()
         slot = bucket.slots[position]
@@ -194,12 +228,9 @@ class GradReducer:
                     self._next += 1
 
     def _absorb(self, bucket: Bucket, position: int, param: torch.Tensor) -> None:
-        grad = param.grad
-        if grad is None:
+        if param.grad is None:
             return
-        if grad.is_sparse:
-            warning_once(f"{bucket.slots[position].name} has a sparse gradient; it is reduced as a dense one")
-            grad = grad.to_dense()
+        grad = _dense(bucket.slots[position])
         self._ensure_buffer(bucket)
         view = bucket.slots[position].view(self._full(bucket))
         if grad.data_ptr() != view.data_ptr() or grad.dtype != view.dtype or not view.numel():
@@ -212,6 +243,12 @@ class GradReducer:
         # While accumulating, autograd may add into the bucket by itself; a scaled or wider copy goes through the hook.
         in_place = not self._reducing and view.dtype == param.dtype and self.policy.pre_scale == 1.0
         param.grad = view if in_place else None
+
+    def _hide_views(self, bucket: Bucket) -> None:
+        """Takes accumulated sums out of ``.grad``, where the next backward would add to them; late ones stay."""
+        for slot in bucket.slots:
+            if id(slot) not in self._late:
+                slot.param.grad = None
 
     def _ensure_buffer(self, bucket: Bucket) -> None:
         if bucket.grad_full is not None and bucket.touched:
@@ -236,9 +273,11 @@ class GradReducer:
         if not self.policy.contiguous:
             for position, slot in enumerate(bucket.slots):
                 if slot.param.grad is not None:
+                    self._late.pop(id(slot), None)
                     self._absorb(bucket, position, slot.param)
         self._ensure_buffer(bucket)
-        self.unused += [slot.name for slot in bucket.zero_untouched() if slot.numel]
+        bucket.zero_untouched()
+        self._hide_views(bucket)
         full = self._full(bucket)
         if full.dtype != bucket.comm_dtype:
             full = full.to(bucket.comm_dtype)
@@ -309,3 +348,14 @@ class GradReducer:
             if len(self._pool) < _MAX_IN_FLIGHT and whole.numel() == self._pool_numel:
                 self._pool.append(whole)
             bucket.grad_full = None
+
+
+def _dense(slot: Slot) -> torch.Tensor:
+    """The parameter's gradient, dense and outside any graph."""
+    grad = slot.param.grad
+    if grad is None:
+        raise AssertionError(f"{slot.name} has no gradient; please report this")
+    if grad.is_sparse:
+        warning_once(f"{slot.name} has a sparse gradient; it is reduced as a dense one")
+        grad = grad.to_dense()
+    return grad.detach()
