@@ -26,7 +26,7 @@ def init_distributed(
     auto_mpi_discovery: bool = True,
     distributed_port: int = 29500,
     verbose: bool = True,
-    timeout: timedelta = default_pg_timeout,
+    timeout: timedelta | None = default_pg_timeout,
     init_method: str | None = None,
     dist_init_required: bool | None = None,
     config: Any = None,
@@ -78,17 +78,21 @@ def init_distributed(
     os.environ.update(place.environment)
     _choose_device(place)
     _avoid_name_lookups(place)
-    if place.init_method is None:
-        # Nobody will connect, so an in-process store serves. An address and a port would only be there to clash.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    elif place.rank < 0:
-        dist.init_process_group(backend, init_method=place.init_method, timeout=limit)
-    else:
-        dist.init_process_group(
-            backend, init_method=place.init_method, rank=place.rank, world_size=place.world_size, timeout=limit
-        )
+    _create_default_group(place, backend, limit)
     if verbose:
         log_dist(f"torch.distributed: backend {backend}, {dist.get_world_size()} ranks, timeout {limit}")
+
+
+def _create_default_group(place: Rendezvous, backend: str, timeout: timedelta) -> None:
+    if place.init_method is None:
+        # Nobody will connect, so an in-process store serves. An address and a port would only be there to clash.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif place.rank < 0:
+        dist.init_process_group(backend, init_method=place.init_method, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, init_method=place.init_method, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
 
 
 def configure(
@@ -148,7 +152,8 @@ def _backend(wanted: str | None) -> str:
     return wanted.lower()
 
 
-def _timeout(given: timedelta) -> timedelta:
+def _timeout(given: timedelta | None) -> timedelta:
+    given = default_pg_timeout if given is None else given
     minutes = os.environ.get("DEEPSPEED_TIMEOUT")
     if given is default_pg_timeout and minutes:
         try:

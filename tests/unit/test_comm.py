@@ -176,7 +176,7 @@ def test_timeout(no_group):
     real = dist.init_process_group
     no_group.setattr(dist, "init_process_group", lambda *a, **k: (seen.append(k["timeout"]), real(*a, **k)))
     no_group.setenv("DEEPSPEED_TIMEOUT", "2.5")
-    comm.init_distributed()
+    comm.init_distributed(timeout=None)
     dist.destroy_process_group()
     comm.init_distributed(timeout=timedelta(seconds=7))
     assert seen == [timedelta(seconds=150), timedelta(seconds=7)]
