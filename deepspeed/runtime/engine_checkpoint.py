@@ -7,18 +7,24 @@ complete or not at all. An error on one rank is raised on all of them.
 
 from __future__ import annotations
 
+import copy
+import io
+import json
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import torch
 
 from deepspeed import comm as dist
-from deepspeed._core.ckpt.io import atomic_save, atomic_write_text, load_file
+from deepspeed._core.ckpt.io import StagedFile, atomic_save, atomic_write_text, load_file, refused_names, stage_save
 from deepspeed._core.ckpt.native import (
     LATEST,
     find_tag_dir,
@@ -44,6 +50,8 @@ T = TypeVar("T")
 
 _SCRIPT = "zero_to_fp32.py"
 
+_RNG = "ds_rng_states"
+
 # Keys of the model file that are ours (or the reference's); all others are the user's client state.
 _OWN_KEYS = {
     "module",
@@ -65,7 +73,7 @@ _OWN_KEYS = {
     "checkpoint_parallel_dimensions",
     "ds_config",
     "ds_version",
-    "rng_states",
+    _RNG,
 }
 
 
@@ -80,13 +88,13 @@ class LoadWhat:
     custom_load_fn: Callable[..., Any] | None = None
 
 
-def _together(engine: DeepSpeedEngine, action: Callable[[], T]) -> T:
+def _together(action: Callable[[], T]) -> T:
     """Runs ``action`` on every rank; if it fails on any, raises on all. Collective; ``action`` must not be."""
-    error: BaseException | None = None
+    error: Exception | None = None
     result: T | None = None
     try:
         result = action()
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as caught:
+    except Exception as caught:  # whatever it is: the other ranks must not wait for this one
         error = caught
     reports: list[Any] = [None] * dist.get_world_size()
     if dist.get_world_size() > 1:
@@ -97,6 +105,22 @@ def _together(engine: DeepSpeedEngine, action: Callable[[], T]) -> T:
         if report is not None:
             raise CheckpointError(f"rank {rank} failed: {report}")
     return result  # type: ignore[return-value]
+
+
+def _gather(value: Any) -> list[Any]:
+    """``value`` of every rank. Collective."""
+    values: list[Any] = [value] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _mp_rank(engine: DeepSpeedEngine) -> int:
+    """Which model-parallel part of the model this rank holds; 0 without model parallelism."""
+    for getter in ("get_model_parallel_rank", "get_tensor_model_parallel_rank"):
+        if hasattr(engine.mpu, getter):
+            return int(getattr(engine.mpu, getter)())
+    return 0
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -110,7 +134,11 @@ def save(
     save_latest: bool,
     exclude_frozen: bool,
 ) -> bool:
-    """See ``DeepSpeedEngine.save_checkpoint``."""
+    """See ``DeepSpeedEngine.save_checkpoint``.
+
+    Every rank first writes under temporary names. Only when all have succeeded do the files get theirs, and ``latest``
+    is written after that.
+    """
     chosen = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir) / chosen
 
@@ -118,47 +146,77 @@ def save(
         taken = _OWN_KEYS & set(client_state)
         if taken:
             raise ValueError(f"client_state uses keys that the checkpoint itself needs: {sorted(taken)}; rename them")
-        if not chosen or Path(chosen).name != chosen or chosen in (".", ".."):
+        if not chosen or Path(chosen).name != chosen or chosen == "..":
             raise ValueError(f"tag {chosen!r} cannot be a folder name")
-        folder.mkdir(parents=True, exist_ok=True)
 
-    _together(engine, check)
+    _together(check)
     _validate_tag(engine, chosen)
+    _together(lambda: folder.mkdir(parents=True, exist_ok=True))
     flat = engine._flat
     partition = optimizer_state.partition_state(flat) if flat is not None and flat.stage > 0 else None
-    rng = _gather_rng(engine)
+    rng = _gather(_rng_state(engine))
     first = dist.get_rank(engine.dp_process_group) == 0
+    staged: list[StagedFile] = []
 
     def write() -> None:
         if first:
-            state = {**_model_state(engine, exclude_frozen), "rng_states": rng, **client_state}
-            atomic_save(state, folder / model_states_name())
+            state = {**_model_state(engine, exclude_frozen), _RNG: rng, **client_state}
+            staged.append(stage_save(state, folder / model_states_name(_mp_rank(engine))))
+            if refused_names(staged[-1].scratch):
+                _refuse_objects(state)
         if partition is not None:
-            name = optim_states_name(dist.get_rank(engine.dp_process_group), bf16=engine.bfloat16_enabled())
             content = {"optimizer_state_dict": partition, "ds_config": _plain_config(engine), "ds_version": __version__}
-            atomic_save(content, folder / name)
+            staged.append(stage_save(content, folder / _optim_name(engine, dist.get_rank(engine.dp_process_group))))
+            if refused_names(staged[-1].scratch):
+                _refuse_objects({"optimizer": partition})
+
+    try:
+        _together(write)
+    except BaseException:
+        for file in staged:
+            file.discard()
+        with suppress(OSError):  # it goes only if it is empty, and so was made for this save
+            folder.rmdir()
+        raise
+
+    def publish() -> None:
+        for file in staged:
+            file.commit()
         if first:
             _remove_stale(engine, folder)
-
-    _together(engine, write)
-
-    def finish() -> None:
-        if first:
             _copy_script(Path(save_dir))
-            if save_latest:
-                atomic_write_text(Path(save_dir) / LATEST, chosen)
 
-    _together(engine, finish)
+    _together(publish)
+    _together(lambda: atomic_write_text(Path(save_dir) / LATEST, chosen) if first and save_latest else None)
     log_dist(f"saved checkpoint {folder}")
     return True
+
+
+def _refuse_objects(state: Mapping[str, Any]) -> None:
+    """Raises for values that would be written but never loaded again, naming the entries that hold them."""
+    culprits = []
+    for key, value in state.items():
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        names = refused_names(buffer)
+        if names:
+            culprits.append(f"{key!r} holds {', '.join(names)}")
+    raise ValueError(
+        f"checkpoint state must be plain values and tensors, since loading builds nothing else: {'; '.join(culprits)}. "
+        "Store what the objects are made of instead, such as obj.__dict__ or str(obj)"
+    )
+
+
+def _optim_name(engine: DeepSpeedEngine, dp_rank: int) -> str:
+    return optim_states_name(dp_rank, bf16=engine.bfloat16_enabled(), mp_rank=_mp_rank(engine))
 
 
 def _validate_tag(engine: DeepSpeedEngine, tag: str) -> None:
     mode = str(engine.checkpoint_tag_validation_mode()).lower()
     if mode == "ignore" or dist.get_world_size() == 1:
         return
-    tags: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tags, tag)
+    tags = _gather(tag)
     if len(set(tags)) > 1:
         message = f"ranks save under different tags: {dict(enumerate(tags))}; such a checkpoint does not load"
         if mode == "fail":
@@ -170,7 +228,8 @@ def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
     module, flat = engine.module, engine._flat
     trained = {slot.param for slot in flat.slots()} if flat is not None else set()
     names = {param: name for name, param in module.named_parameters()}
-    frozen = {name: p for p, name in names.items() if p not in trained} if not exclude_frozen else {}
+    weights = clone_tensors_for_torch_save(engine.module_state_dict(exclude_frozen_parameters=exclude_frozen))
+    frozen = [name for param, name in names.items() if param not in trained and name in weights]
     shared = {
         name: names[param]
         for name, param in module.named_parameters(remove_duplicate=False)
@@ -178,17 +237,17 @@ def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
     }
     zero = flat is not None and flat.stage > 0
     scheduler = engine.lr_scheduler
-    weights = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    mpu_size = getattr(engine.mpu, "get_model_parallel_world_size", None)
+    mp_size = int(mpu_size()) if mpu_size is not None else 1
     return {
-        "module": clone_tensors_for_torch_save(weights),
+        "module": weights,
         "buffer_names": [name for name, _ in module.named_buffers()],
-        "optimizer": optimizer_state.whole_state(flat) if flat is not None and not zero else None,
+        "optimizer": optimizer_state.whole_state(flat, weights) if flat is not None and not zero else None,
         "param_shapes": optimizer_state.group_shapes(flat) if flat is not None else None,
-        "frozen_param_shapes": {n: p.shape for n, p in frozen.items()} if zero and frozen else None,
+        "frozen_param_shapes": OrderedDict((n, weights[n].shape) for n in frozen) if frozen else None,
         "shared_params": shared,
-        "frozen_param_fragments": (
-            {n: p.detach().cpu().clone() for n, p in frozen.items()} if zero and frozen else None
-        ),
+        # The tensors under "module" again, which costs no bytes in the file.
+        "frozen_param_fragments": OrderedDict((n, weights[n]) for n in frozen) if zero and frozen else None,
         "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "data_sampler": None,
         "random_ltd": None,
@@ -197,27 +256,38 @@ def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "dp_world_size": engine.dp_world_size,
-        "mp_world_size": 1,
-        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "mp_world_size": mp_size,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": mp_size},
         "ds_config": _plain_config(engine),
         "ds_version": __version__,
     }
 
 
 def _plain_config(engine: DeepSpeedEngine) -> Any:
-    return engine.config if isinstance(engine.config, dict) else str(engine.config)
+    """The config as JSON has it; other objects, which a config dict may hold, as text."""
+    return json.loads(json.dumps(engine._config.raw, default=str))
 
 
-def _gather_rng(engine: DeepSpeedEngine) -> list[Any]:
-    states: list[Any] = [None] * dist.get_world_size()
-    own = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+def _rng_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The generators that code draws from without naming one, as plain values."""
+    kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), *map(float, rest)),
+    }
     if engine.device.type == "cuda":
-        own["device"] = torch.cuda.get_rng_state(engine.device)
-    if dist.get_world_size() > 1:
-        dist.all_gather_object(states, own)
-    else:
-        states = [own]
-    return states
+        state["device"] = torch.cuda.get_rng_state(engine.device)
+    return state
+
+
+def _set_rng_state(engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].clone())
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    if "device" in state and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"].clone(), engine.device)
 
 
 def _remove_stale(engine: DeepSpeedEngine, folder: Path) -> None:
@@ -225,8 +295,8 @@ def _remove_stale(engine: DeepSpeedEngine, folder: Path) -> None:
     flat = engine._flat
     wanted = set()
     if flat is not None and flat.stage > 0:
-        wanted = {optim_states_name(r, bf16=engine.bfloat16_enabled()) for r in range(engine.dp_world_size)}
-    for path in folder.glob("*zero_pp_rank_*optim_states.pt"):
+        wanted = {_optim_name(engine, rank) for rank in range(engine.dp_world_size)}
+    for path in folder.glob(f"*zero_pp_rank_*_mp_rank_{_mp_rank(engine):02d}_optim_states.pt"):
         if path.name not in wanted:
             path.unlink()
 
@@ -245,7 +315,7 @@ def save_weights(engine: DeepSpeedEngine, save_dir: str, filename: str, exclude_
             Path(save_dir).mkdir(parents=True, exist_ok=True)
             atomic_save(state, Path(save_dir) / filename)
 
-    _together(engine, write)
+    _together(write)
     return True
 
 
@@ -272,51 +342,65 @@ def load(
             return None
         return find_tag_dir(load_dir, tag)
 
-    folder = _together(engine, locate)
+    folder = _together(locate)
+    found = _gather(None if folder is None else folder.name)
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"ranks would load different checkpoints: {dict(enumerate(found))} in {load_dir}. Give every rank the same "
+            "tag, and a folder that all of them see"
+        )
     if folder is None:
         warning_once(f"{load_dir} has no '{LATEST}' file and no tag was given: nothing loaded")
         return None, None
-    path, state, reader = _together(engine, lambda: _open(engine, folder, what))
-    _together(engine, lambda: _check_module(engine, state, path, what))
-    if reader is not None and engine._flat is not None:
-        flat, checked = engine._flat, reader
-        _together(engine, lambda: optimizer_state.check_matches(flat, checked))
-    engine.load_module_state_dict(state["module"], strict=what.strict, custom_load_fn=what.custom_load_fn)
-    if reader is not None and engine._flat is not None:
-        if engine.zero_load_from_fp32_weights() or engine._flat.stage == 0:
-            optimizer_state.load_into(engine._flat, reader)
-            engine._flat.publish_weights()
+    path, state, reader = _together(lambda: _open(engine, folder, what))
+    flat = engine._flat
+    _together(lambda: _check_module(engine, state, path, what))
+    if reader is not None and flat is not None:
+        _together(lambda: optimizer_state.check_matches(flat, reader))
+    # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
+    undo = _together(lambda: _load_scheduler(engine, state, what))
+    try:
+        _together(lambda: _load_module(engine, state, what))
+    except BaseException:
+        undo()
+        raise
+    if reader is not None and flat is not None:
+        _together(lambda: optimizer_state.load_into(flat, reader))
+        if engine.zero_load_from_fp32_weights() or flat.stage == 0:
+            flat.publish_weights()
         else:
-            optimizer_state.load_into(engine._flat, reader)
-            engine._flat.refresh_master()
-    if engine._flat is not None:
-        engine._flat.zero_grad()
-    _load_run(engine, state, what)
+            flat.refresh_master()
+    if flat is not None:
+        flat.zero_grad()
+    _together(lambda: _load_run(engine, state, what))
     engine.loaded_checkpoint_tag = folder.name
     log_dist(f"loaded checkpoint {folder}")
-    return str(path), {key: value for key, value in state.items() if key not in _OWN_KEYS}
+    client_state = {key: value for key, value in state.items() if key not in _OWN_KEYS}
+    # Clones, since the tensors are views of a file that may be removed.
+    return str(path), clone_tensors_for_torch_save(client_state)
 
 
 def _open(
     engine: DeepSpeedEngine, folder: Path, what: LoadWhat
 ) -> tuple[Path, dict[str, Any], NativeZeroReader | None]:
-    path = model_states_path(folder)
+    mp_rank = _mp_rank(engine)
+    path = model_states_path(folder, mp_rank)
     state = load_file(path)
-    if not isinstance(state, dict) or "module" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("module"), Mapping):
         raise CheckpointError(f"{path}: expected a dict with the model's weights under 'module'")
     if not what.optimizer or engine._flat is None:
         return path, state, None
-    if not optim_states_paths(folder) and not state.get("optimizer"):
+    if not optim_states_paths(folder, mp_rank) and not state.get("optimizer"):
         raise CheckpointError(
             f"{folder} holds no optimizer state (neither optimizer files nor an 'optimizer' entry in {path.name}); "
             "pass load_optimizer_states=False to load the weights only"
         )
     names = [list(group) for group in optimizer_state.group_shapes(engine._flat)]
-    return path, state, NativeZeroReader(folder, param_names=names)
+    return path, state, NativeZeroReader(folder, param_names=names, mp_rank=mp_rank)
 
 
 def _check_module(engine: DeepSpeedEngine, state: dict[str, Any], path: Path, what: LoadWhat) -> None:
-    if what.custom_load_fn is not None:
+    if what.custom_load_fn is not None or _loads_itself(engine.module):
         return
     saved, mine = state["module"], engine.module.state_dict()
     problems = [
@@ -335,25 +419,69 @@ def _check_module(engine: DeepSpeedEngine, state: dict[str, Any], path: Path, wh
         )
 
 
+def _loads_itself(module: torch.nn.Module) -> bool:
+    """Whether a part of the module translates names or shapes on loading, so that comparing them proves nothing."""
+    return any(
+        part._load_state_dict_pre_hooks
+        or type(part)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+        or type(part).load_state_dict is not torch.nn.Module.load_state_dict
+        for part in module.modules()
+    )
+
+
+def _load_module(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> None:
+    """Loads the weights; where they could not be checked before, a failure puts the old ones back."""
+    uncertain = what.custom_load_fn is not None or _loads_itself(engine.module)
+    before = [(t, t.detach().clone()) for t in _tensors_of(engine.module)] if uncertain else []
+    try:
+        engine.load_module_state_dict(state["module"], strict=what.strict, custom_load_fn=what.custom_load_fn)
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise
+
+
+def _tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _load_scheduler(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> Callable[[], None]:
+    """Loads the schedule; returns what takes that back."""
+    scheduler, saved = engine.lr_scheduler, state.get("lr_scheduler")
+    if not what.scheduler or saved is None or not hasattr(scheduler, "load_state_dict"):
+        return lambda: None
+    before = copy.deepcopy(scheduler.state_dict())
+    rates = [group.get("lr") for group in engine._groups()]
+
+    def undo() -> None:
+        scheduler.load_state_dict(before)
+        for group, rate in zip(engine._groups(), rates, strict=True):
+            if "lr" in group:
+                group["lr"] = rate
+
+    try:
+        scheduler.load_state_dict(clone_tensors_for_torch_save(saved))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
 def _load_run(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> None:
-    """Scheduler, counters, random numbers."""
-    if what.scheduler and engine.lr_scheduler is not None and state.get("lr_scheduler") is not None:
-        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    """Counters and random numbers."""
     if not what.counters:
         return
     engine.global_steps = int(state.get("global_steps", 0))
     engine.global_samples = int(state.get("global_samples", engine.global_steps * engine.train_batch_size()))
     engine.skipped_steps = int(state.get("skipped_steps", 0))
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    states = state.get("rng_states")
+    if engine._flat is not None:
+        engine._flat.skipped_steps = engine.skipped_steps
+    states = state.get(_RNG)
     if not what.optimizer or states is None:
         return
     if len(states) != dist.get_world_size():
         warning_once("the checkpoint was saved by another number of ranks: random states are not restored")
         return
-    own = states[dist.get_rank()]
-    torch.set_rng_state(own["cpu"])
-    version, internal, gauss = own["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "device" in own and engine.device.type == "cuda":
-        torch.cuda.set_rng_state(own["device"], engine.device)
+    _set_rng_state(engine, states[dist.get_rank()])

@@ -6,15 +6,16 @@ Stages 1 and 2 store, for each optimizer group, one rank's contiguous piece of t
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from deepspeed._core.ckpt.exchange import exchange
-from deepspeed._core.ckpt.reader import MASTER, NativeZeroReader
+from deepspeed._core.ckpt.reader import MASTER, NativeZeroReader, ZeroGroup
 from deepspeed._core.layout.spans import ShardLayout, bucketed, contiguous
-from deepspeed._core.reduce.bucket import Bucket, Slot
+from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.utils.logging import warning_once
@@ -24,6 +25,9 @@ __all__ = ["check_matches", "group_shapes", "load_into", "partition_state", "who
 
 # Group entries that choose an implementation, not a result: those of the running program stay.
 _IMPLEMENTATION_KEYS = {"params", "foreach", "fused", "capturable", "differentiable"}
+
+# What a dynamic loss scaler has found out; its other attributes are settings, which the running config decides.
+_SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "consecutive_skips")
 
 
 def group_shapes(flat: FlatOptimizer) -> list[OrderedDict[str, torch.Size]]:
@@ -39,9 +43,17 @@ def _group_options(group: dict[str, Any], params: list[int]) -> dict[str, Any]:
     return {**plain, "params": params}
 
 
-def _split_state(state: dict[str, Any], like: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Element-wise state tensors, and values that hold for the tensor as a whole."""
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == like.shape and v.dim()}
+def _split_state(flat: FlatOptimizer, bucket: Bucket) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A shard's state: tensors with one value an element, and values that hold for the shard as a whole."""
+    (master,) = flat.master_of(bucket)
+    state = flat.optimizer.state.get(master, {})
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
+    for key, value in tensors.items():
+        if value.shape != master.shape:
+            raise CheckpointError(
+                f"{type(flat.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a shard of "
+                f"{master.numel()} elements: state that is not elementwise can be saved with ZeRO stage 0 only"
+            )
     return tensors, {k: v for k, v in state.items() if k not in tensors}
 
 
@@ -51,36 +63,44 @@ def _bucket_layout(bucket: Bucket, world_size: int) -> ShardLayout:
 
 
 def partition_state(flat: FlatOptimizer) -> dict[str, Any]:
-    """This rank's ``optimizer_state_dict`` of stages 1 and 2, on the CPU. Collective."""
+    """This rank's ``optimizer_state_dict`` of stages 1 and 2, on the CPU. Collective.
+
+    Raises:
+        CheckpointError: the optimizer keeps state that is not elementwise, which no other cut of the group could use.
+    """
     masters: list[torch.Tensor] = []
     state: dict[int, dict[str, Any]] = {}
     paddings: list[int] = []
-    world = flat.transport.world_size
+    transport = flat.transport
     for index, shapes in enumerate(group_shapes(flat)):
         buckets = [b for b in flat.buckets if b.group_index == index]
-        numels = {name: shape.numel() for name, shape in shapes.items()}
-        target = contiguous(numels, world)
+        target = contiguous({name: shape.numel() for name, shape in shapes.items()}, transport.world_size)
+        padding = target.padding[transport.rank]
+        paddings.append(padding)
+        if not buckets:
+            masters.append(torch.zeros(0))
+            continue
         source = bucketed(
-            [[(s.name, s.start, s.numel) for s in b.slots] for b in buckets], [b.numel for b in buckets], world
+            [[(s.name, s.start, s.numel) for s in b.slots] for b in buckets],
+            [b.numel for b in buckets],
+            transport.world_size,
         )
 
         def to_file(
             tensors: list[torch.Tensor], source: ShardLayout = source, target: ShardLayout = target
         ) -> torch.Tensor:
-            local = torch.cat([t.detach().reshape(-1) for t in tensors] or [torch.zeros(0)])
-            return exchange(local, source, target, flat.transport).cpu()
+            local = torch.cat([t.detach().reshape(-1) for t in tensors])
+            return exchange(local, source, target, transport).cpu()
 
-        masters.append(to_file([b.master.float() for b in buckets]))
-        paddings.append(sum(target.buffer_numels) - sum(numels.values()))
-        held = [_split_state(flat.optimizer.state.get(flat.master_of(b)[0], {}), b.master) for b in buckets]
-        if held and held[0]:
-            entry: dict[str, Any] = {k: _to_cpu(v) for k, v in held[0][1].items()}
-            for key in held[0][0]:
-                entry[key] = to_file([tensors[key] for tensors, _ in held])
-            if entry:
-                state[index] = entry
+        whole = to_file([b.master for b in buckets])
+        # The documented files hold the masters without the padding at the end, the state with it.
+        masters.append(whole[: whole.numel() - padding].clone())
+        held = [_split_state(flat, bucket) for bucket in buckets]
+        entry = {key: _to_cpu(value) for key, value in held[0][1].items()}
+        entry.update({key: to_file([tensors[key] for tensors, _ in held]) for key in held[0][0]})
+        if entry:
+            state[index] = entry
     return {
-        "zero_stage": flat.stage,
         "loss_scaler": flat.loss_scaler.state_dict(),
         "dynamic_loss_scale": flat.dynamic_loss_scale,
         "overflow": flat.overflow,
@@ -90,14 +110,18 @@ def partition_state(flat: FlatOptimizer) -> dict[str, Any]:
             "param_groups": [_group_options(g, [i]) for i, g in enumerate(flat.param_groups)],
         },
         "single_partition_of_fp32_groups": masters,
-        "group_paddings": paddings if flat.transport.rank == world - 1 else [0] * len(paddings),
-        "partition_count": [world] * len(paddings),
+        "zero_stage": flat.stage,
+        "group_paddings": paddings,
+        "partition_count": [transport.world_size] * len(paddings),
         "ds_version": __version__,
     }
 
 
-def whole_state(flat: FlatOptimizer) -> dict[str, Any]:
-    """The ``optimizer`` entry of a stage 0 model file, on the CPU: whole parameters, the same on all ranks."""
+def whole_state(flat: FlatOptimizer, in_module: Collection[str]) -> dict[str, Any]:
+    """The ``optimizer`` entry of a stage 0 model file, on the CPU: whole parameters, the same on all ranks.
+
+    Masters go in where the module's weights are not the same values, or (not in ``in_module``) not in the file at all.
+    """
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     masters: list[list[torch.Tensor]] = []
@@ -112,11 +136,13 @@ def whole_state(flat: FlatOptimizer) -> dict[str, Any]:
             if held:
                 state[i] = {k: _to_cpu(v) for k, v in held.items()}
     inner = {"state": state, "param_groups": groups}
-    if all(bucket.full_precision for bucket in flat.buckets):
+    if all(bucket.full_precision for bucket in flat.buckets) and all(s.name in in_module for s in flat.slots()):
         return inner
+    progress = flat.loss_scaler.state_dict()
     return {
         "dynamic_loss_scale": flat.dynamic_loss_scale,
         "cur_scale": flat.loss_scale,
+        **{key: progress[key] for key in ("cur_iter", "last_overflow_iter") if key in progress},
         "loss_scaler": flat.loss_scaler.state_dict(),
         "optimizer_state_dict": inner,
         "fp32_groups": masters,
@@ -130,55 +156,136 @@ def _to_cpu(value: Any) -> Any:
 
 def check_matches(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
     """Raises ``CheckpointError``, before anything is changed, if the files are of another model or optimizer."""
-    shapes = {name: tuple(shape) for group in group_shapes(flat) for name, shape in group.items()}
-    reader.require_shapes(shapes)
+    reader.require_shapes({name: tuple(shape) for group in group_shapes(flat) for name, shape in group.items()})
     where = {name: index for index, group in enumerate(reader.groups) for name in group.shapes}
-    for bucket in flat.buckets:
-        saved = reader.groups[where[bucket.slots[0].name]].param_group
-        live = flat.param_groups[bucket.group_index]
-        if saved and ("betas" in saved) != ("betas" in live):
-            raise CheckpointError(
-                f"{reader.tag_dir} holds the state of another optimizer (group options "
-                f"{sorted(set(saved) - _IMPLEMENTATION_KEYS)}, here {sorted(set(live) - _IMPLEMENTATION_KEYS)}); "
-                "pass load_optimizer_states=False to load the weights only"
-            )
+    seen = set()
+    for slot in flat.slots():
+        pair = (where[slot.name], slot.bucket.group_index)
+        if pair not in seen:
+            seen.add(pair)
+            _check_kind(flat, reader, *pair)
+
+
+def _check_kind(flat: FlatOptimizer, reader: NativeZeroReader, saved_index: int, live_index: int) -> None:
+    saved, live = reader.groups[saved_index], flat.param_groups[live_index]
+    template = _state_template(flat, live_index, saved.param_group)
+    saved_keys = set(saved.state_keys)
+    if template is not None and (saved_keys or saved.state_scalars) and sum(saved.layout.buffer_numels):
+        wrong = saved_keys != {k for k, v in template.items() if _elementwise(v)}
+        wrong = wrong or ("step" in template and _scalar_of(saved, "step") is None)
+    else:
+        wrong = bool(saved.param_group) and ("betas" in saved.param_group) != ("betas" in live)
+    if wrong:
+        raise CheckpointError(
+            f"{reader.tag_dir} holds the state of another kind of optimizer: state {sorted(saved_keys)} and group "
+            f"options {sorted(set(saved.param_group) - _IMPLEMENTATION_KEYS)}; {type(flat.optimizer).__name__} here "
+            f"has state {sorted(template or ())} and options {sorted(set(live) - _IMPLEMENTATION_KEYS)}. Pass "
+            "load_optimizer_states=False to load the weights only"
+        )
+
+
+def _elementwise(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _scalar_of(group: ZeroGroup, key: str) -> Any:
+    """A value for the group as a whole; some optimizers keep their step count among the options."""
+    return group.state_scalars.get(key, group.param_group.get(key))
+
+
+def _state_template(flat: FlatOptimizer, group_index: int, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """What a step of the running optimizer, with the options it will have after loading, puts into its state.
+
+    Found by stepping a scrap tensor, since torch's optimizers do not tell. None where that does not work, or where the
+    state is not elementwise.
+    """
+    live = flat.param_groups[group_index]
+    optimizer = flat.optimizer
+    scrap = torch.nn.Parameter(torch.zeros((2, 3) if flat.stage == 0 else (6,)))
+    scrap.grad = torch.zeros_like(scrap)
+    options = {**live, **{k: v for k, v in saved.items() if k in live and k not in _IMPLEMENTATION_KEYS}}
+    try:
+        probe = type(optimizer).__new__(type(optimizer))
+        group = {**options, "params": [scrap]}
+        probe.__setstate__({**optimizer.__getstate__(), "state": defaultdict(dict), "param_groups": [group]})
+        probe.step()
+        state = dict(probe.state.get(scrap, {}))
+    except Exception:  # a client's optimizer may need what only its constructor sets
+        return None
+    shapes = {tuple(v.shape) for v in state.values() if _elementwise(v)}
+    return state if shapes <= {tuple(scrap.shape)} else None
 
 
 def load_into(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
-    """Fills masters, optimizer state, group options and scaler from the files; reads this rank's ranges only."""
+    """Fills masters, optimizer state, group options and scaler from the files; reads this rank's ranges only.
+
+    Call :func:`check_matches` before. Not collective; the weights on other ranks follow with ``publish_weights``.
+    """
     where = {name: index for index, group in enumerate(reader.groups) for name in group.shapes}
     whole = flat.stage == 0
+    templates = [_template_after(flat, reader, where, index) for index in range(len(flat.param_groups))]
     for bucket in flat.buckets:
         layout = _bucket_layout(bucket, 1 if whole else flat.transport.world_size)
         rank = 0 if whole else flat.transport.rank
         reader.fill(None, MASTER, layout, rank, bucket.master.detach())
+        template = templates[bucket.group_index]
+        masters = flat.master_of(bucket)
+        for master in masters:
+            flat.optimizer.state.pop(master, None)
+        if whole and reader.zero_stage == 0:
+            for slot, master in zip(bucket.slots, masters, strict=True):
+                state = reader.whole_state(slot.name) or {}
+                _set_state(flat, master, state, template, reader.groups[where[slot.name]])
+            continue
         group = reader.groups[where[bucket.slots[0].name]]
-        for master in flat.master_of(bucket):
-            flat.optimizer.state[master] = {}
+        states: list[dict[str, Any]] = [dict(group.state_scalars) for _ in masters]
         for key in group.state_keys:
-            values = torch.zeros(bucket.master.numel(), dtype=torch.float32, device=bucket.device)
+            values = torch.zeros(bucket.master.numel(), dtype=bucket.master.dtype, device=bucket.device)
             reader.fill(None, key, layout, rank, values)
-            for master, value in _per_master(flat, bucket, values):
-                flat.optimizer.state[master][key] = value
-        for master in flat.master_of(bucket):
-            for key, scalar in group.state_scalars.items():
-                flat.optimizer.state[master][key] = scalar.clone() if isinstance(scalar, torch.Tensor) else scalar
-            if not flat.optimizer.state[master]:
-                del flat.optimizer.state[master]
+            for state, value in zip(states, _per_master(flat, bucket, values), strict=True):
+                state[key] = value
+        for master, state in zip(masters, states, strict=True):
+            _set_state(flat, master, state, template, group)
     _load_options(flat, reader, where)
-    scaler = reader.common.get("loss_scaler") or {k: v for k, v in reader.common.items() if k == "cur_scale"}
-    if bool(reader.common.get("dynamic_loss_scale", False)) == flat.dynamic_loss_scale:
-        flat.loss_scaler.load_state_dict(scaler)
-    elif flat.settings.precision.loss_scaling:
-        warning_once("the checkpoint's loss scaler is of another kind (static or dynamic); the configured one starts")
+    _load_scaler(flat, reader)
+    flat.overflow = False
 
 
-def _per_master(flat: FlatOptimizer, bucket: Bucket, values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    masters = flat.master_of(bucket)
-    if flat.stage != 0:
-        return [(masters[0], values)]
-    slots: list[Slot] = bucket.slots
-    return [(master, slot.view(values).clone()) for master, slot in zip(masters, slots, strict=True)]
+def _template_after(
+    flat: FlatOptimizer, reader: NativeZeroReader, where: dict[str, int], group_index: int
+) -> dict[str, Any] | None:
+    names = [slot.name for slot in flat.slots() if slot.bucket.group_index == group_index]
+    return _state_template(flat, group_index, reader.groups[where[names[0]]].param_group) if names else None
+
+
+def _set_state(
+    flat: FlatOptimizer, master: torch.Tensor, state: dict[str, Any], like: dict[str, Any] | None, saved: ZeroGroup
+) -> None:
+    """Gives a master its state, with the types that the optimizer itself uses (a step count may be int or tensor)."""
+    if not state:
+        return
+    loaded: dict[str, Any] = {}
+    if "step" in (like or {}):
+        state = {"step": _scalar_of(saved, "step"), **state}
+    for key, value in state.items():
+        example = (like or {}).get(key)
+        if isinstance(example, torch.Tensor) and not example.dim():
+            loaded[key] = torch.tensor(float(value), dtype=example.dtype)
+        elif isinstance(example, (int, float)) and not isinstance(example, bool):
+            loaded[key] = type(example)(value)
+        elif isinstance(value, torch.Tensor):
+            # A copy: whole states come as views of the file.
+            loaded[key] = value.to(device=master.device if value.dim() else value.device, copy=True)
+        else:
+            loaded[key] = value
+    for key, example in (like or {}).items():
+        if key not in loaded and _elementwise(example):
+            loaded[key] = torch.zeros_like(master)  # parameters without elements have no state in the files
+    flat.optimizer.state[master] = loaded
+
+
+def _per_master(flat: FlatOptimizer, bucket: Bucket, values: torch.Tensor) -> list[torch.Tensor]:
+    return [slot.view(values) for slot in bucket.slots] if flat.stage == 0 else [values]
 
 
 def _load_options(flat: FlatOptimizer, reader: NativeZeroReader, where: dict[str, int]) -> None:
@@ -190,3 +297,15 @@ def _load_options(flat: FlatOptimizer, reader: NativeZeroReader, where: dict[str
         for key, value in reader.groups[where[names[0]]].param_group.items():
             if key in live and key not in _IMPLEMENTATION_KEYS:
                 live[key] = value
+
+
+def _load_scaler(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
+    """A dynamic scale goes on where it was; a static one is the config's, whatever the files had."""
+    common = reader.common
+    if not flat.dynamic_loss_scale:
+        return
+    if not common.get("dynamic_loss_scale", False):
+        warning_once("the checkpoint has no dynamic loss scale: it starts anew, as configured")
+        return
+    saved = {**common, **(common.get("loss_scaler") or {})}
+    flat.loss_scaler.load_state_dict({key: saved[key] for key in _SCALER_PROGRESS if key in saved})

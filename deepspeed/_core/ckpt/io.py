@@ -23,7 +23,16 @@ import torch
 
 from deepspeed.errors import CheckpointError
 
-__all__ = ["FragmentAddress", "InertObject", "atomic_save", "atomic_write_text", "load_file"]
+__all__ = [
+    "FragmentAddress",
+    "InertObject",
+    "StagedFile",
+    "atomic_save",
+    "atomic_write_text",
+    "load_file",
+    "refused_names",
+    "stage_save",
+]
 
 StrPath = str | os.PathLike[str]
 
@@ -159,25 +168,66 @@ def atomic_write_text(path: StrPath, text: str, *, mode: int | None = None) -> N
         stream.write(text.encode("utf-8"))
 
 
+@dataclass(frozen=True)
+class StagedFile:
+    """A complete, durable file under a temporary name, so that several files can appear together or not at all."""
+
+    scratch: Path
+    path: Path
+
+    def commit(self) -> None:
+        """Gives the file its name, in place of an older one."""
+        os.replace(self.scratch, self.path)
+        _fsync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Removes it. Nothing happens after ``commit``, or when called again."""
+        with suppress(FileNotFoundError):
+            self.scratch.unlink()
+
+
+def stage_save(obj: Any, path: StrPath) -> StagedFile:
+    """First half of :func:`atomic_save`; ``commit`` of what it returns is the second."""
+    with _scratch_of(Path(path)) as (staged, stream):
+        torch.save(obj, stream)
+    return staged
+
+
+def refused_names(file: StrPath | IO[bytes]) -> list[str]:
+    """Names of classes and functions in a ``torch.save`` file that :func:`load_file` would refuse; reads no tensors."""
+    known = {**_client_globals(), **_REFERENCE_GLOBALS}
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(file)  # type: ignore[arg-type]
+    return sorted(name for name in named if name not in known)
+
+
 @contextmanager
 def _replacing(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
     """A stream whose content becomes ``path`` when the block ends well, and leaves nothing behind when it does not."""
+    with _scratch_of(path, mode) as (staged, stream):
+        yield stream
+    try:
+        staged.commit()
+    except BaseException:
+        staged.discard()
+        raise
+
+
+@contextmanager
+def _scratch_of(path: Path, mode: int | None = None) -> Iterator[tuple[StagedFile, IO[bytes]]]:
+    """A temporary file beside ``path``, complete on disk when the block ends well and removed when it does not."""
     # Same folder: a rename across file systems is a copy. Random: two runs may write the same path. Not mkstemp: it
     # makes the file private, and colleagues who share the folder could not load it.
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    staged = StagedFile(path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp"), path)
     try:
-        with scratch.open("xb") as stream:
-            yield stream
+        with staged.scratch.open("xb") as stream:
+            yield staged, stream
             stream.flush()
             os.fsync(stream.fileno())
         if mode is not None:
-            scratch.chmod(mode)
-        os.replace(scratch, path)
+            staged.scratch.chmod(mode)
     except BaseException:
-        with suppress(FileNotFoundError):
-            scratch.unlink()
+        staged.discard()
         raise
-    _fsync_folder(path.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -75,6 +75,7 @@ class NativeZeroReader:
     ) -> None:
         self.tag_dir = Path(tag_dir)
         self._model_path = model_states_path(tag_dir, mp_rank)
+        self._whole_state: dict[str, dict[str, Any]] = {}
         self.model_state: dict[str, Any] = load_file(self._model_path)
         paths = optim_states_paths(tag_dir, mp_rank)
         shapes = read_zero_group_shapes(self.model_state)
@@ -95,7 +96,7 @@ class NativeZeroReader:
                     f"{self._model_path} is a stage 0 file without parameter names; pass those of the optimizer"
                 )
             names = [list(group) for group in (param_names if shapes is None else shapes) or ()]
-            self.groups = _stage0_groups(names, self.model_state, self._model_path)
+            self.groups, self._whole_state = _stage0_groups(names, self.model_state, self._model_path)
             self.common = _common(self.model_state.get("optimizer") or {})
         self._group_of = {name: index for index, group in enumerate(self.groups) for name in group.shapes}
         self._plan: tuple[object, ...] = ()
@@ -103,6 +104,10 @@ class NativeZeroReader:
     def scalars(self, group: int) -> dict[str, Any]:
         """``{"state": ..., "param_group": ...}`` of a group, as in ``ZeroGroup``; see ``common`` for the rest."""
         return {"state": dict(self.groups[group].state_scalars), "param_group": dict(self.groups[group].param_group)}
+
+    def whole_state(self, name: str) -> dict[str, Any] | None:
+        """The optimizer's state of one parameter as it is in a stage 0 file, of any shapes; None in other folders."""
+        return self._whole_state.get(name, {}) if self.zero_stage == 0 else None
 
     def require_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check that the checkpoint is of a model with exactly these trained parameters, in any order and grouping.
@@ -185,7 +190,8 @@ class NativeZeroReader:
         return plan
 
     def _require_stage0(self) -> None:
-        zero = (self.model_state.get("ds_config") or {}).get("zero_optimization") or {}
+        config = self.model_state.get("ds_config")
+        zero = (config.get("zero_optimization") if isinstance(config, Mapping) else None) or {}
         stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
         if isinstance(stage, int) and stage > 0:
             raise CheckpointError(
@@ -226,7 +232,8 @@ def _partition_count(file: Any, path: Path) -> int:
 
 def _common(state: Mapping[str, Any]) -> dict[str, Any]:
     """Entries for the whole optimizer, the loss scaler as a dict."""
-    keys = ("dynamic_loss_scale", "overflow", "clip_grad", "ds_version", "cur_scale", "cur_iter", "loss_scaler")
+    scaler_keys = ("loss_scaler", "dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter")
+    keys = (*scaler_keys, "overflow", "clip_grad", "ds_version")
     common = {key: state[key] for key in keys if key in state}
     scaler = common.get("loss_scaler")
     if isinstance(scaler, InertObject):
@@ -348,36 +355,53 @@ def _stage3_groups(
     return tuple(groups)
 
 
-def _stage0_groups(names: list[list[str]], model_state: Mapping[str, Any], path: Path) -> tuple[ZeroGroup, ...]:
-    """One file buffer a parameter; masters are ``fp32_groups`` where the weights are 16-bit, else the weights."""
+def _stage0_groups(
+    names: list[list[str]], model_state: Mapping[str, Any], path: Path
+) -> tuple[tuple[ZeroGroup, ...], dict[str, dict[str, Any]]]:
+    """One file buffer a parameter; masters are ``fp32_groups`` where the weights are 16-bit, else the weights.
+
+    Also the state of each parameter by name, as it is in the file.
+    """
     saved = model_state.get("optimizer") or {}
     torch_state = saved.get("optimizer_state_dict", saved)
+    inner = _torch_state({"optimizer": torch_state}, "optimizer", path) if torch_state else None
     masters, module = saved.get("fp32_groups"), model_state["module"]
     groups = []
+    whole: dict[str, dict[str, Any]] = {}
     for index, group_names in enumerate(names):
         where = f"{path}: group {index}"
-        unknown = [name for name in group_names if name not in module]
-        if unknown:
-            raise CheckpointError(f"{where} should hold {unknown[0]!r}, but the module in the file does not")
-        group_shapes = {name: tuple(module[name].shape) for name in group_names}
-        tensors = [module[name] for name in group_names] if masters is None else masters[index]
-        if [tuple(t.shape) for t in tensors] != list(group_shapes.values()):
-            raise CheckpointError(
-                f"{where}: the fp32 copies do not have the shapes of {', '.join(group_names[:5])}, ..."
-            )
+        tensors = _stage0_masters(group_names, masters[index] if masters is not None else None, module, where)
         buffers = []
         entry: dict[str, Any] = {}
         param_group: dict[str, Any] = {}
-        for position, tensor in enumerate(tensors):
+        for position, (name, tensor) in enumerate(tensors.items()):
             own: dict[str, Any] = {}
-            if torch_state:
-                own, param_group = _optimizer_entry(_torch_state({"s": torch_state}, "s", path), index, position)
-            entry = entry or own
-            buffers.append({MASTER: tensor.reshape(-1), **_flat_state(own)})
-        spans = tuple(Span(name, 0, i, 0, buffers[i][MASTER].numel()) for i, name in enumerate(group_names))
+            if inner is not None:
+                own, param_group = _optimizer_entry(inner, index, position)
+            whole[name], entry = own, entry or own
+            # Factored state is not elementwise; it can go to the same parameter only, see whole_state.
+            elementwise = {k: t for k, t in _flat_state(own).items() if t.numel() == tensor.numel()}
+            buffers.append({MASTER: tensor.reshape(-1), **elementwise})
+        spans = tuple(Span(name, 0, i, 0, tensor.numel()) for i, (name, tensor) in enumerate(tensors.items()))
         layout = ShardLayout(max(len(buffers), 1), tuple(s.numel for s in spans) or (0,), spans)
-        groups.append(_group(group_shapes, layout, buffers, entry, param_group, where))
-    return tuple(groups)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        groups.append(_group(shapes, layout, buffers, entry, param_group, where))
+    return tuple(groups), whole
+
+
+def _stage0_masters(
+    names: list[str], masters: Sequence[torch.Tensor] | None, module: Mapping[str, torch.Tensor], where: str
+) -> dict[str, torch.Tensor]:
+    """The fp32 values of a group's parameters by name."""
+    unknown = [name for name in names if name not in module]
+    if masters is None:
+        if unknown:
+            raise CheckpointError(f"{where} should hold {unknown[0]!r}, but the module in the file does not")
+        return {name: module[name] for name in names}
+    misfits = [n in module and module[n].shape != t.shape for n, t in zip(names, masters, strict=False)]
+    if len(masters) != len(names) or any(misfits):
+        raise CheckpointError(f"{where}: the fp32 copies do not have the shapes of {', '.join(names[:5])}, ...")
+    return dict(zip(names, masters, strict=True))
 
 
 def _group(
