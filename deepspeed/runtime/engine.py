@@ -64,7 +64,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self._boundary: bool | None = None
         self._accumulate_only = False
         self._step_applied = False
-        self._precision = engine_setup.precision_policy(self._config)
+        self._precision = engine_setup.precision_policy(self._config, model)
         self._progress = Progress(
             self._config.steps_per_print, self._config.wall_clock_breakdown, self.train_batch_size()
         )

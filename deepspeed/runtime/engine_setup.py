@@ -38,6 +38,8 @@ __all__ = [
 DEFAULT_BUCKET_NUMEL = 1 << 23
 """Elements of a bucket when ``reduce_bucket_size`` is not given: small enough to overlap, large enough to amortise."""
 
+AUTOCAST_SAFE_MODULES = ("torch.nn.Linear", "torch.nn.Conv1d", "torch.nn.Conv2d", "torch.nn.Conv3d")
+
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 
 
@@ -58,7 +60,7 @@ def data_parallel_group(mpu: Any) -> torch.distributed.ProcessGroup | None:
     return mpu.get_data_parallel_group() if mpu is not None and hasattr(mpu, "get_data_parallel_group") else None
 
 
-def precision_policy(config: DeepSpeedConfig) -> PrecisionPolicy:
+def precision_policy(config: DeepSpeedConfig, module: torch.nn.Module) -> PrecisionPolicy:
     """Dtypes from the fp16, bf16, torch_autocast, data_types and communication_data_type settings."""
     param: torch.dtype | None = None
     if config.fp16.enabled:
@@ -73,7 +75,28 @@ def precision_policy(config: DeepSpeedConfig) -> PrecisionPolicy:
         loss_scaling=config.fp16.enabled,
         check_overflow=check,
         cast_inputs=config.fp16.enabled and config.fp16.auto_cast,
+        autocast_dtype=(config.torch_autocast.dtype or torch.bfloat16) if config.torch_autocast.enabled else None,
+        autocast_names=_safe_module_parameters(config, module),
     )
+
+
+def _safe_module_parameters(config: DeepSpeedConfig, module: torch.nn.Module) -> frozenset[str]:
+    """Names of the parameters of torch_autocast's safe modules, by class name or dotted class path."""
+    if not config.torch_autocast.enabled:
+        return frozenset()
+    safe = set(config.torch_autocast.lower_precision_safe_modules or AUTOCAST_SAFE_MODULES)
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, owner in module.named_modules()
+        if safe & {type(owner).__name__, f"{type(owner).__module__}.{type(owner).__qualname__}", _torch_path(owner)}
+        for name, _ in owner.named_parameters(recurse=False)
+    )
+
+
+def _torch_path(module: torch.nn.Module) -> str:
+    """``torch.nn.Linear``, as users write it, for a class that lives in ``torch.nn.modules.linear``."""
+    kind = type(module)
+    return f"torch.nn.{kind.__name__}" if getattr(torch.nn, kind.__name__, None) is kind else ""
 
 
 def prepare_module(
@@ -174,6 +197,11 @@ def make_flat_optimizer(
 ) -> FlatOptimizer:
     """The wrapped optimizer of the configured stage and precision. Collective."""
     stage = config.zero_optimization_stage
+    if stage > 0 and getattr(inner, "needs_whole_params", False):
+        raise ConfigError(
+            f"{type(inner).__name__} scales its update by norms of whole parameters, and ZeRO stage {int(stage)} updates "
+            "shards: use zero_optimization.stage 0 with it, or AdamW or Lion with this stage"
+        )
     world_size = dist.get_world_size(group)
     settings = FlatSettings(
         stage=stage,

@@ -123,9 +123,11 @@ class FlatOptimizer(DeepSpeedOptimizer):
             trainable = [p for p in group["params"] if p.requires_grad]
             for param in trainable:
                 _check_trainable(names[param], param)
-            dtypes = list(dict.fromkeys(precision.param_dtype or p.dtype for p in trainable))
-            for dtype in dtypes:
-                named = [(names[p], p) for p in trainable if (precision.param_dtype or p.dtype) == dtype]
+            kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, torch.nn.Parameter]]] = {}
+            for param in trainable:
+                dtype = precision.param_dtype or param.dtype
+                kinds.setdefault((dtype, precision.comm_dtype_of(names[param], dtype)), []).append((names[param], param))
+            for (dtype, comm_dtype), named in kinds.items():
                 plans = plan_buckets(
                     [p.numel() for _, p in named],
                     limit_numel=self.settings.bucket_numel,
@@ -140,7 +142,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
                         rank=self.transport.rank,
                         world_size=self.transport.world_size,
                         weight_dtype=dtype,
-                        comm_dtype=precision.comm_dtype_of(dtype),
+                        comm_dtype=comm_dtype,
                         accum_dtype=precision.accum_dtype_of(dtype),
                         device=device,
                     )

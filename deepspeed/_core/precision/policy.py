@@ -22,9 +22,14 @@ class PrecisionPolicy:
     loss_scaling: bool = False
     check_overflow: bool = True
     cast_inputs: bool = False
+    autocast_dtype: torch.dtype | None = None
+    autocast_names: frozenset[str] = frozenset()
+    """Parameters whose gradients travel in ``autocast_dtype``: those of torch_autocast's safe modules."""
 
-    def comm_dtype_of(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """Wire dtype for gradients of weights of this dtype: as configured, else the weights' own."""
+    def comm_dtype_of(self, name: str, weight_dtype: torch.dtype) -> torch.dtype:
+        """Wire dtype for a parameter's gradient: as configured, else autocast's, else the weights' own."""
+        if self.comm_dtype is None and self.autocast_dtype is not None and name in self.autocast_names:
+            return self.autocast_dtype
         return self.comm_dtype or weight_dtype
 
     def accum_dtype_of(self, weight_dtype: torch.dtype) -> torch.dtype:
