@@ -9,6 +9,7 @@ import torch
 
 import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from tests.helpers import preload  # noqa: F401 - before ranks are forked
 from tests.helpers.dist import run_ranks
 from tests.helpers.fixture_model import FIXTURES, FixtureModel, expected_weights, facts, rank_batches
 
