@@ -122,8 +122,7 @@ class GradReducer:
             # What stage 0 shows in .grad after a reduction is a result; autograd must not add to it.
             for bucket in self.buckets:
                 if bucket.reduced:
-                    for slot in bucket.slots:
-                        slot.param.grad = None
+                    self._hide_views(bucket)
 
     def end_backward(self) -> None:
         """Sends what is missing and waits for all. Collective if this backward reduces. Idempotent."""
@@ -159,8 +158,8 @@ class GradReducer:
                 extra, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced
             ).wait()
             bucket.reduced = True
-        self._share_results(self._order)
         self._late.clear()
+        self._share_results(self._order)
 
     def abort(self) -> None:
         """Waits for what is in flight and drops the whole window's gradients: after an exception, by ``zero_grad``."""
@@ -333,8 +332,9 @@ class GradReducer:
         for bucket, gather in zip(buckets, pending, strict=True):
             gather.wait()
             for slot in bucket.slots:
-                view = slot.view(self._full(bucket))
-                slot.param.grad = view if view.dtype == slot.param.dtype else None
+                if id(slot) not in self._late:
+                    view = slot.view(self._full(bucket))
+                    slot.param.grad = view if view.dtype == slot.param.dtype else None
 
     @staticmethod
     def _full(bucket: Bucket) -> torch.Tensor:
@@ -345,7 +345,8 @@ class GradReducer:
     def _give_back(self, bucket: Bucket) -> None:
         if bucket.grad_full is not None:
             whole = bucket.grad_full._base if bucket.grad_full._base is not None else bucket.grad_full
-            if len(self._pool) < _MAX_IN_FLIGHT and whole.numel() == self._pool_numel:
+            # One is filled while others are in flight.
+            if len(self._pool) <= _MAX_IN_FLIGHT and whole.numel() == self._pool_numel:
                 self._pool.append(whole)
             bucket.grad_full = None
 
