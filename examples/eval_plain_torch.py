@@ -1,6 +1,6 @@
 """Load exported fp32 weights in plain PyTorch, with no deepspeed, and check the validation loss against the training's.
 
-    python examples/eval_plain_torch.py runs/demo/weights --expect runs/demo/result.json --below 2.4
+python examples/eval_plain_torch.py runs/demo/weights --expect runs/demo/result.json --below 2.4
 """
 
 from __future__ import annotations

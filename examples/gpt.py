@@ -51,7 +51,9 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight  # tied
         for name, p in self.named_parameters():
             if p.dim() == 2:  # the last layer of a residual branch starts smaller, so that depth does not add variance
-                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if name.endswith(("proj.weight", "down.weight")) else 0.02)
+                nn.init.normal_(
+                    p, std=0.02 / (2 * layers) ** 0.5 if name.endswith(("proj.weight", "down.weight")) else 0.02
+                )
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         h = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
@@ -82,8 +84,8 @@ def windows(text: torch.Tensor, first: int, count: int, length: int) -> tuple[to
     A sample's number alone says where it lies (strides of the golden ratio spread over the text), so a run takes the
     same samples at any number of ranks, and a resumed one goes on with those that it has not seen.
     """
-    start = torch.arange(first, first + count) * 0.6180339887498949 % 1.0
-    start = (start.double() * (len(text) - length - 1)).long()
+    fraction = torch.arange(first, first + count, dtype=torch.float64) * 0.6180339887498949 % 1.0
+    start = (fraction * (len(text) - length - 1)).long()
     block = text[start[:, None] + torch.arange(length + 1)].long()
     return block[:, :-1], block[:, 1:]
 

@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save", metavar="DIR", help="write a checkpoint here at the end")
     parser.add_argument("--resume", metavar="DIR", help="go on from the latest checkpoint in this folder")
     parser.add_argument("--export", metavar="DIR", help="write consolidated fp32 weights here at the end")
-    parser.add_argument("--sample", type=int, metavar="BYTES", default=0, help="print a sample of this length at the end")
+    parser.add_argument(
+        "--sample", type=int, metavar="BYTES", default=0, help="print a sample of this length at the end"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--context", type=int, default=128, help="bytes the model looks back")
@@ -57,7 +59,9 @@ def main() -> None:
             print(text, flush=True)
 
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters / 1e6:.2f} M parameters, {len(train_text) / 1e6:.1f} MB of text, {world} ranks on {engine.device}")
+    say(
+        f"{parameters / 1e6:.2f} M parameters, {len(train_text) / 1e6:.1f} MB of text, {world} ranks on {engine.device}"
+    )
     if args.resume:
         _, state = engine.load_checkpoint(args.resume)
         now, before = validation_loss(engine, validation_text, args.context), state["validation_loss"]
@@ -86,7 +90,11 @@ def main() -> None:
     if args.save:
         engine.save_checkpoint(args.save, client_state={"validation_loss": final})
         if rank == 0:
-            facts = {"step": engine.global_steps, "validation_loss": final, "dtype": str(next(model.parameters()).dtype)}
+            facts = {
+                "step": engine.global_steps,
+                "validation_loss": final,
+                "dtype": str(next(model.parameters()).dtype),
+            }
             Path(args.save, "result.json").write_text(json.dumps(facts))
         say(f"saved to {args.save}")
     if args.export and rank == 0:
