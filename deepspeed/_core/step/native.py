@@ -15,6 +15,7 @@ interpreter lock released: a second OpenMP runtime beside torch's would fight it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -24,14 +25,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from deepspeed.utils.logging import log_dist
 
-__all__ = ["MIN_NUMEL", "native_adam_", "takes"]
+__all__ = ["MIN_NUMEL", "native_adam_", "replicas_agree", "takes"]
 
 MIN_NUMEL = 1 << 20
 """Elements of a tensor from which the loop is worth building: below it a step takes less than a millisecond."""
@@ -86,10 +87,31 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 _build_lock = threading.Lock()
 
 
+class _Local(threading.local):
+    allowed = True
+
+
+_local = _Local()
+
+
+@contextlib.contextmanager
+def replicas_agree() -> Iterator[None]:
+    """Inside, this thread uses torch's kernels only.
+
+    For weights that every rank updates by itself (stage 0): one rank with a compiler and one without would drift apart.
+    """
+    before, _local.allowed = _local.allowed, False
+    try:
+        yield
+    finally:
+        _local.allowed = before
+
+
 def takes(p: Tensor, grad: Tensor, states: Sequence[Tensor], lowp_out: Tensor | None) -> bool:
     """True if the loop can update these flat tensors and is worth it. Builds it if it is the first time."""
     return (
-        p.numel() >= MIN_NUMEL
+        _local.allowed
+        and p.numel() >= MIN_NUMEL
         and p.device.type == "cpu"
         and all(t.dtype == torch.float32 for t in (p, *states))
         and grad.dtype in (torch.float32, torch.bfloat16)

@@ -7,6 +7,7 @@ ranks while the next bucket is computed. :class:`TorchStepper` runs any ``torch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import torch
 
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed._core.reduce.transport import Pending
+from deepspeed._core.step.native import replicas_agree
 
 __all__ = ["KernelStepper", "Stepper", "TensorOptimizer", "TorchStepper", "UpdateItem", "items_of", "make_stepper"]
 
@@ -77,13 +79,16 @@ class KernelStepper:
         self._whole = whole
 
     def update(self, buckets: Sequence[Bucket], factor: float, publish: Callable[[Bucket], Pending]) -> None:
+        # torch's schedulers look for this mark of Optimizer.step(), which does not run here.
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
         pending = []
         for bucket in buckets:
             group = self._optimizer.param_groups[bucket.group_index]
             items = items_of(bucket, whole_parameters=self._whole)
             for master, item in zip(self._masters[bucket.index], items, strict=True):
                 lowp = None if item.aliased else item.weights
-                self._optimizer.step_tensor(master, item.grad, group, grad_scale=factor, lowp_out=lowp)
+                with replicas_agree() if self._whole else contextlib.nullcontext():
+                    self._optimizer.step_tensor(master, item.grad, group, grad_scale=factor, lowp_out=lowp)
             pending.append(publish(bucket))
         for gather in pending:
             gather.wait()
