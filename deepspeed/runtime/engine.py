@@ -146,7 +146,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
                 self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.train_batch_size()
             )
         else:
-            flat.reducer.end_backward()
+            flat.end_backward()
         self.micro_steps += 1
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:

@@ -126,7 +126,9 @@ class FlatOptimizer(DeepSpeedOptimizer):
             kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, torch.nn.Parameter]]] = {}
             for param in trainable:
                 dtype = precision.param_dtype or param.dtype
-                kinds.setdefault((dtype, precision.comm_dtype_of(names[param], dtype)), []).append((names[param], param))
+                kinds.setdefault((dtype, precision.comm_dtype_of(names[param], dtype)), []).append(
+                    (names[param], param)
+                )
             for (dtype, comm_dtype), named in kinds.items():
                 plans = plan_buckets(
                     [p.numel() for _, p in named],
@@ -244,6 +246,11 @@ class FlatOptimizer(DeepSpeedOptimizer):
             self.reducer.abort()
             self._check.reset()
             raise
+
+    def end_backward(self) -> None:
+        """Closes a plain ``loss.backward()``: what comes next is another micro-batch. Collective if that reduces."""
+        self._check_usable()
+        self.reducer.end_backward()
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Applies the reduced gradients of the window, or skips them if they are not finite. Collective."""
