@@ -26,16 +26,16 @@ def clone_tensors_for_torch_save(item: T, device: torch.device | str = torch.dev
         The copy: containers are new and of the same type, clones are detached and of the same dtype and shape, other
         values are the same objects.
     """
-    clones: dict[int, torch.Tensor] = {}
+    clones: dict[object, torch.Tensor] = {}
     return _clone(item, torch.device(device), clones)
 
 
-def _clone(item: Any, device: torch.device, clones: dict[int, torch.Tensor]) -> Any:
+def _clone(item: Any, device: torch.device, clones: dict[object, torch.Tensor]) -> Any:
     if torch.is_tensor(item):
-        # By object: views that merely share storage are what bloats the file and are separated.
-        if id(item) not in clones:
-            clones[id(item)] = item.detach().to(device, copy=True).contiguous()
-        return clones[id(item)]
+        key = _identity(item)
+        if key not in clones:
+            clones[key] = item.detach().to(device, copy=True).contiguous()
+        return clones[key]
     if isinstance(item, tuple):
         values = [_clone(value, device, clones) for value in item]
         return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
@@ -48,3 +48,13 @@ def _clone(item: Any, device: torch.device, clones: dict[int, torch.Tensor]) -> 
             copied[key] = _clone(value, device, clones)
         return copied
     return item
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for the same elements only: a state dict holds a new object for each name of a tied weight.
+
+    Views that merely share storage are what bloats the file, and are told apart.
+    """
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -23,8 +23,8 @@ from deepspeed.version import __version__
 
 __all__ = ["check_matches", "group_shapes", "load_into", "partition_state", "whole_state"]
 
-# Group entries that choose an implementation, not a result: those of the running program stay.
-_IMPLEMENTATION_KEYS = {"params", "foreach", "fused", "capturable", "differentiable"}
+# Group entries that come with the class (in torch, Adam and AdamW differ in the last only): the running program's stay.
+_IMPLEMENTATION_KEYS = {"params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 
 # What a dynamic loss scaler has found out; its other attributes are settings, which the running config decides.
 _SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "consecutive_skips")
@@ -110,7 +110,7 @@ def partition_state(flat: FlatOptimizer) -> dict[str, Any]:
             "param_groups": [_group_options(g, [i]) for i, g in enumerate(flat.param_groups)],
         },
         "single_partition_of_fp32_groups": masters,
-        "zero_stage": flat.stage,
+        "zero_stage": int(flat.stage),
         "group_paddings": paddings,
         "partition_count": [transport.world_size] * len(paddings),
         "ds_version": __version__,
@@ -174,7 +174,9 @@ def _check_kind(flat: FlatOptimizer, reader: NativeZeroReader, saved_index: int,
         wrong = saved_keys != {k for k, v in template.items() if _elementwise(v)}
         wrong = wrong or ("step" in template and _scalar_of(saved, "step") is None)
     else:
-        wrong = bool(saved.param_group) and ("betas" in saved.param_group) != ("betas" in live)
+        # Saved before the first step, or by an optimizer without state: only the options tell.
+        telling = {"betas", "momentum", "eps"}
+        wrong = bool(saved.param_group) and telling & set(saved.param_group) != telling & set(live)
     if wrong:
         raise CheckpointError(
             f"{reader.tag_dir} holds the state of another kind of optimizer: state {sorted(saved_keys)} and group "

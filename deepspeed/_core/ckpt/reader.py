@@ -366,6 +366,7 @@ def _stage0_groups(
     torch_state = saved.get("optimizer_state_dict", saved)
     inner = _torch_state({"optimizer": torch_state}, "optimizer", path) if torch_state else None
     masters, module = saved.get("fp32_groups"), model_state["module"]
+    elementwise = _elementwise_keys(inner["state"] if inner is not None else {})
     groups = []
     whole: dict[str, dict[str, Any]] = {}
     for index, group_names in enumerate(names):
@@ -378,15 +379,27 @@ def _stage0_groups(
             own: dict[str, Any] = {}
             if inner is not None:
                 own, param_group = _optimizer_entry(inner, index, position)
-            whole[name], entry = own, entry or own
+            whole[name] = own
             # Factored state is not elementwise; it can go to the same parameter only, see whole_state.
-            elementwise = {k: t for k, t in _flat_state(own).items() if t.numel() == tensor.numel()}
-            buffers.append({MASTER: tensor.reshape(-1), **elementwise})
+            parts = {
+                k: v.reshape(-1)
+                for k, v in own.items()
+                if k in elementwise and torch.is_tensor(v) and v.numel() == tensor.numel()
+            }
+            entry = entry or {k: v for k, v in own.items() if k not in parts}
+            buffers.append({MASTER: tensor.reshape(-1), **parts})
         spans = tuple(Span(name, 0, i, 0, tensor.numel()) for i, (name, tensor) in enumerate(tensors.items()))
         layout = ShardLayout(max(len(buffers), 1), tuple(s.numel for s in spans) or (0,), spans)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         groups.append(_group(shapes, layout, buffers, entry, param_group, where))
     return tuple(groups), whole
+
+
+def _elementwise_keys(state: Mapping[Any, Mapping[str, Any]]) -> set[str]:
+    """State keys that hold one value an element. A parameter without dimensions does not tell: the others do."""
+    tensors = [(key, value) for entry in state.values() for key, value in entry.items() if torch.is_tensor(value)]
+    found = {key for key, value in tensors if value.dim()}
+    return found or {key for key, _ in tensors if key != "step"}
 
 
 def _stage0_masters(
