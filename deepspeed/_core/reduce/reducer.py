@@ -130,7 +130,8 @@ class GradReducer:
             return
         if self._reducing:
             while self._next < len(self._order):
-                self._launch(self._order[self._next])
+                # One bucket's first piece travels while the one before is summed.
+                self._launch(self._order[self._next], keep_in_flight=1)
                 self._next += 1
             self._drain()
             self._share_results(self._order)
@@ -267,8 +268,8 @@ class GradReducer:
         else:
             bucket.use_grad_buffer(torch.empty(bucket.numel, dtype=dtype, device=bucket.device))
 
-    def _launch(self, bucket: Bucket) -> None:
-        """Sends a bucket; unless overlapping, also waits for it."""
+    def _launch(self, bucket: Bucket, keep_in_flight: int = 0) -> None:
+        """Sends a bucket, and waits until no more than so many (if overlapping, two) are in flight."""
         if not self.policy.contiguous:
             for position, slot in enumerate(bucket.slots):
                 if slot.param.grad is not None:
@@ -289,9 +290,7 @@ class GradReducer:
         else:
             pending = self._all_reduce_instead(bucket, full)
         self._in_flight.append((bucket, pending))
-        if not overlap:
-            self._drain()
-        elif len(self._in_flight) > _MAX_IN_FLIGHT:
+        while len(self._in_flight) > (_MAX_IN_FLIGHT if overlap else keep_in_flight):
             self._wait_oldest()
 
     def _all_reduce_instead(self, bucket: Bucket, full: torch.Tensor) -> Pending:
