@@ -11,6 +11,7 @@ drifts on the machine (clock, neighbours, page cache) so hits all of them alike.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import selectors
@@ -170,7 +171,7 @@ def interpreter(name: str, args: argparse.Namespace) -> str:
 def environment(name: str, args: argparse.Namespace) -> dict[str, str]:
     """The caller's environment without what could carry one candidate's package into another's process."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DS_", "OMP_", "MKL_"))}
-    env |= {"OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": ""}
     if name.startswith("ours"):
         env["PYTHONPATH"] = str(args.ours_path.resolve())
     if name.startswith("reference"):
@@ -190,7 +191,6 @@ def measure_imports(results: list[Result], args: argparse.Namespace) -> None:
         for _ in range(args.import_repeats):
             for package in packages:
                 env = environment(package, args)
-                del env["PYTHONDONTWRITEBYTECODE"]
                 command = [interpreter(package, args), "-c", code]
                 done = subprocess.run(command, env=env, cwd=empty, capture_output=True, text=True, check=True)
                 times[package].append(float(done.stdout.rsplit("seconds", 1)[1]))
@@ -199,6 +199,7 @@ def measure_imports(results: list[Result], args: argparse.Namespace) -> None:
 
 
 def ratio(results: dict[str, Result], name: str, base: str) -> float | None:
+    """Ratio of median step times, if the base was measured."""
     return results[name].median / results[base].median if base in results else None
 
 
@@ -207,7 +208,8 @@ def table(results: dict[str, Result], tokens: int) -> str:
     rows = [[*head, "init", "1st step", "loss"]]
     for name, r in results.items():
         tenths = statistics.quantiles(r.times, n=10) if len(r.times) > 1 else r.times * 9
-        ratios = (ratio(results, name, "ddp"), ratio(results, name, "reference" + name[-1]))
+        same_stage = f"reference{name[-1]}" if name.startswith(("ours", "reference")) else ""
+        ratios = (ratio(results, name, "ddp"), ratio(results, name, same_stage))
         row = [name, f"{r.median:.4f}", f"{tenths[0]:.4f}", f"{tenths[8]:.4f}", f"{tokens / r.median:.0f}"]
         row += ["" if x is None else f"{x:.3f}" for x in ratios]
         row += [f"{m / 2**20:.0f}" for m in (r.rss, r.uss, r.peak_steps, r.peak_start)]
@@ -272,6 +274,8 @@ def run(args: argparse.Namespace, logs: Path) -> tuple[dict[str, Result], dict[s
     active: list[Candidate] = []
     failed: dict[str, str] = {}
     before = leftovers()
+    # As an installed package: without this the first start after an edit would compile sources inside initialize().
+    compileall.compile_dir(args.ours_path / "deepspeed", quiet=2)
     try:
         for name in args.candidates:
             print(f"starting {name}", file=sys.stderr, flush=True)
