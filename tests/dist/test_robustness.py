@@ -143,9 +143,9 @@ def _same_module(rank: int, world: int) -> None:
         second = make_engine(model, {"zero_optimization": {"stage": second_stage}}, "adam")
         assert all(torch.equal(v, handed_over[n]) for n, v in _weights(model).items())
         _good_window(second, rank, 1, 1)
-        with pytest.raises(RuntimeError, match="later deepspeed.initialize took over"):
+        with pytest.raises(RuntimeError, match=r"later deepspeed\.initialize took over"):
             first.backward(second(x, y))
-        with pytest.raises(RuntimeError, match="later deepspeed.initialize took over"):
+        with pytest.raises(RuntimeError, match=r"later deepspeed\.initialize took over"):
             first.step()
         # As a fresh engine from the same weights.
         other = make_model("plain")
@@ -323,7 +323,7 @@ def _replaced(rank: int, world: int) -> None:
             engine = make_engine(model, {"zero_optimization": {"stage": stage}})
             spoil(engine.module)
             x, y = x.to(model.inp.weight.dtype), y
-            with pytest.raises(RuntimeError, match="was replaced after deepspeed.initialize"):
+            with pytest.raises(RuntimeError, match=r"was replaced after deepspeed\.initialize"):
                 engine.backward(engine(x, y))
             engine.destroy()
 
@@ -337,7 +337,7 @@ def _bad_models(rank: int, world: int) -> None:
         deepspeed.initialize(model=[1], config={"train_batch_size": 1})
     with torch.device("meta"):
         meta = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="parameter weight is torch.float32 on meta"):
+    with pytest.raises(ValueError, match=r"parameter weight is torch\.float32 on meta"):
         make_engine(meta, {})
     complex_model = torch.nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match="complex64"):
