@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..accelerator import get_accelerator
 from ..errors import ConfigError, MissingFeatureError
 from ..utils.logging import log_dist, logger
+from .exit import settle_at_exit
 from .rendezvous import Rendezvous, resolve_rendezvous
 
 __all__ = ["configure", "default_pg_timeout", "init_distributed", "log_summary"]
@@ -47,8 +48,7 @@ def init_distributed(
         init_method: ``env://`` (default), ``tcp://host:port`` or ``file:///path`` on a folder that all ranks share.
         dist_init_required: ``False``: the group must exist already; ``None``, ``True``: made where it does not.
         config: DeepSpeed config as a dict; its ``comms_logger`` section is used.
-        rank: this process's rank, with ``world_size``, where the environment does not tell.
-        world_size: number of ranks.
+        rank, world_size: this process's place, where the environment does not tell.
 
     With nothing set and nothing passed the world is this process alone, and no port is opened.
 
@@ -59,6 +59,7 @@ def init_distributed(
         configure(deepspeed_config=config)
     if dist.is_available() and dist.is_initialized():
         _check_backend_of_existing_group(dist_backend)
+        settle_at_exit()
         return
     if dist_init_required is False:
         raise ConfigError(
@@ -73,12 +74,12 @@ def init_distributed(
         distributed_port=distributed_port,
         mpi_discovery=auto_mpi_discovery,
     )
-    backend = _backend(dist_backend)
-    limit = _timeout(timeout)
+    backend, limit = _backend(dist_backend), _timeout(timeout)
     os.environ.update(place.environment)
     _choose_device(place)
     _avoid_name_lookups(place)
     _create_default_group(place, backend, limit)
+    settle_at_exit()
     if verbose:
         log_dist(f"torch.distributed: backend {backend}, {dist.get_world_size()} ranks, timeout {limit}")
 

@@ -388,3 +388,22 @@ def test_torchrun_and_the_command_give_the_same_job(ds):
     assert [done.returncode for done in outputs] == [0, 0], [done.stderr for done in outputs]
     ours, theirs = (sorted(done.stdout.splitlines()) for done in outputs)
     assert ours == theirs == ["0 2 0 3.0 ['x']", "1 2 1 3.0 ['x']"]
+
+
+LEAVING = """
+import os, sys, torch
+import deepspeed.comm as dist
+dist.init_distributed()
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 1:
+    sys.exit(7)
+dist.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.slow
+def test_code_is_that_of_the_rank_that_left_and_not_of_its_peers(ds):
+    """A rank's connections stay open until it is gone, so its peers, which fail for their loss, fail later."""
+    root = str(Path(__file__).parents[2])
+    assert ds.run("--num_gpus", "2", ds.script("leave.py", LEAVING), environment={"PYTHONPATH": root}) == 7
+    assert "rank 1 (pid " in ds.said and "exited with code 7; stopping the other 1" in ds.said
