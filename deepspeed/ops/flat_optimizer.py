@@ -8,6 +8,7 @@ on each, which takes the gradient in whatever dtype it was reduced, the factor t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ from deepspeed._core.step.kernels import check_flat, compute_dtype
 from deepspeed.errors import ConfigError
 
 __all__ = ["FlatOptimizer"]
+
+# torch wraps this method so that its first call imports torch._dynamo, over a second; there is nothing to trace here.
+_plain_add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
 # Options of torch's groups that change the result and that the update rules here do not have. Groups taken over from
 # a torch optimizer carry them; those that only choose an implementation (foreach, fused, capturable) are fine.
@@ -71,7 +75,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             if param_group.get(key, self.defaults.get(key, False)):
                 raise ConfigError(f"{type(self).__name__}: {key}=True was given, but {why}; set {key}=False")
         self._check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        _plain_add_param_group(self, param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         who = type(self).__name__
