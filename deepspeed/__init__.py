@@ -1,6 +1,6 @@
 """Train, fine-tune and serve models that do not fit one device.
 
-The public surface of the package. Submodules are imported when first used; this file imports only torch.
+The public surface of the package. Submodules, and torch itself, are imported when first used.
 Source: chapters 1 and 2 of the DeepSpeed 0.14.1 API documentation.
 """
 
@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from deepspeed._core.lazy import attach
 from deepspeed.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 __all__ = ["DeepSpeedEngine", "__version__", "add_config_arguments", "init_distributed", "initialize"]
