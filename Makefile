@@ -18,7 +18,7 @@ TRAIN     := examples/train_gpt.py --deepspeed --deepspeed_config examples/confi
 help:
 	@echo "make demo          train, save, resume, export and sample a 3 M parameter GPT on 2 CPU processes"
 	@echo "make test          the tests that take seconds        make test-all      the slow ones, too"
-	@echo "make test-clients  Transformers and Accelerate on top  make lint          ruff, mypy, layers"
+	@echo "make test-clients  Transformers and Accelerate alone   make lint          ruff, mypy, layers"
 	@echo "make venv          the environment alone              make clean         outputs; distclean: $(VENV), too"
 
 # ---- Environment: done once, and again when the pins or the metadata change ----
@@ -28,10 +28,6 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
-
-$(VENV)/.ready-clients: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,clients]'
 	touch $@
 
@@ -51,12 +47,12 @@ demo: $(VENV)/.ready
 # ---- Tests and checks ----
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu and not client"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not client"
+	$(BIN)/python -m pytest
 
-test-clients: $(VENV)/.ready-clients
+test-clients: $(VENV)/.ready
 	$(BIN)/python -m pytest -m client
 
 lint: $(VENV)/.ready
