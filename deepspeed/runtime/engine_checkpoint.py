@@ -142,14 +142,7 @@ def save(
     chosen = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     folder = Path(save_dir) / chosen
 
-    def check() -> None:
-        taken = _OWN_KEYS & set(client_state)
-        if taken:
-            raise ValueError(f"client_state uses keys that the checkpoint itself needs: {sorted(taken)}; rename them")
-        if not chosen or Path(chosen).name != chosen or chosen == "..":
-            raise ValueError(f"tag {chosen!r} cannot be a folder name")
-
-    _together(check)
+    _together(lambda: _check_names(chosen, client_state))
     _validate_tag(engine, chosen)
     _together(lambda: folder.mkdir(parents=True, exist_ok=True))
     flat = engine._flat
@@ -190,6 +183,14 @@ def save(
     _together(lambda: atomic_write_text(Path(save_dir) / LATEST, chosen) if first and save_latest else None)
     log_dist(f"saved checkpoint {folder}")
     return True
+
+
+def _check_names(tag: str, client_state: Mapping[str, Any]) -> None:
+    taken = _OWN_KEYS & set(client_state)
+    if taken:
+        raise ValueError(f"client_state uses keys that the checkpoint itself needs: {sorted(taken)}; rename them")
+    if not tag or Path(tag).name != tag or tag == "..":
+        raise ValueError(f"tag {tag!r} cannot be a folder name")
 
 
 def _refuse_objects(state: Mapping[str, Any]) -> None:
