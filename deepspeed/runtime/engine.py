@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
 from deepspeed.runtime import engine_checkpoint, engine_setup
 from deepspeed.runtime.config import BatchSizes, DeepSpeedConfig
@@ -53,8 +54,15 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.mpu = mpu
         self.device = engine_setup.choose_device(args)
         self.dp_process_group = engine_setup.data_parallel_group(mpu)
-        self._config = DeepSpeedConfig(config)
-        self._config.resolve_batch(dist.get_world_size(self.dp_process_group))
+
+        def plan() -> tuple[DeepSpeedConfig, torch.optim.Optimizer | None, Any]:
+            parsed = DeepSpeedConfig(config)
+            parsed.resolve_batch(self.dp_world_size)
+            made = engine_setup.make_inner_optimizer(parsed, optimizer, model_parameters, model)
+            return parsed, made, engine_setup.make_scheduler(parsed, lr_scheduler, made)
+
+        # Everything that can be wrong with the arguments comes before anything is changed.
+        self._config, inner, self.lr_scheduler = together(plan, ConfigError)
         log_dist(f"DeepSpeed info: version={__version__}, world size={dist.get_world_size()}, device={self.device}")
 
         self.module = model
@@ -69,7 +77,6 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
             self._config.steps_per_print, self._config.wall_clock_breakdown, self.train_batch_size()
         )
 
-        inner = engine_setup.make_inner_optimizer(self._config, optimizer, model_parameters, model)
         trained = {p for g in inner.param_groups for p in g["params"] if p.requires_grad} if inner else set()
         engine_setup.prepare_module(model, self._precision, self.device, self.dp_process_group, trained)
         self._flat: FlatOptimizer | None = None
@@ -86,7 +93,6 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         # A plain fp32 run without ZeRO gives the user's own optimizer back.
         self.optimizer: Any = inner if type(self._flat) is FlatOptimizer else self._flat
         self.basic_optimizer = inner
-        self.lr_scheduler = engine_setup.make_scheduler(self._config, lr_scheduler, inner)
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
         if self._config.dump_state:
             self._config.print("DeepSpeedEngine configuration")

@@ -36,6 +36,7 @@ from deepspeed._core.ckpt.native import (
 )
 from deepspeed._core.ckpt.reader import NativeZeroReader
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.comm.agreement import together
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_state
 from deepspeed.utils.logging import log_dist, warning_once
@@ -89,22 +90,7 @@ class LoadWhat:
 
 
 def _together(action: Callable[[], T]) -> T:
-    """Runs ``action`` on every rank; if it fails on any, raises on all. Collective; ``action`` must not be."""
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except Exception as caught:  # whatever it is: the other ranks must not wait for this one
-        error = caught
-    reports: list[Any] = [None] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for rank, report in enumerate(reports):
-        if report is not None:
-            raise CheckpointError(f"rank {rank} failed: {report}")
-    return result  # type: ignore[return-value]
+    return together(action, CheckpointError)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -141,6 +141,22 @@ def make_inner_optimizer(
     module: torch.nn.Module,
 ) -> torch.optim.Optimizer | None:
     """The torch optimizer: the given one, what the callable makes, or the config's; None if there is none."""
+    made = _find_or_make_optimizer(config, optimizer, model_parameters, module)
+    stage = config.zero_optimization_stage
+    if stage > 0 and getattr(made, "needs_whole_params", False):
+        raise ConfigError(
+            f"{type(made).__name__} scales its update by norms of whole parameters, and ZeRO stage {int(stage)} updates "
+            "shards: use zero_optimization.stage 0 with it, or AdamW or Lion with this stage"
+        )
+    return made
+
+
+def _find_or_make_optimizer(
+    config: DeepSpeedConfig,
+    optimizer: OptimizerLike,
+    model_parameters: Iterable[Any] | None,
+    module: torch.nn.Module,
+) -> torch.optim.Optimizer | None:
     if isinstance(optimizer, torch.optim.Optimizer):
         if config.zero_optimization_stage > 0 and not config.zero_allow_untested_optimizer:
             _require_tested(optimizer)
@@ -197,11 +213,6 @@ def make_flat_optimizer(
 ) -> FlatOptimizer:
     """The wrapped optimizer of the configured stage and precision. Collective."""
     stage = config.zero_optimization_stage
-    if stage > 0 and getattr(inner, "needs_whole_params", False):
-        raise ConfigError(
-            f"{type(inner).__name__} scales its update by norms of whole parameters, and ZeRO stage {int(stage)} updates "
-            "shards: use zero_optimization.stage 0 with it, or AdamW or Lion with this stage"
-        )
     world_size = dist.get_world_size(group)
     settings = FlatSettings(
         stage=stage,

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks. Ranks are forked, so torch is imported once; a hang ends in stack traces, not a stall."""
+"""Runs a function on several ranks. They are forked, so torch is imported once; a hang ends in stack traces."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ CONFIG_LAYER = 1
 
 
 def layer_of(module: str) -> int:
-    if "config" in module.rsplit(".", 1)[-1] or ".config_sections" in module:
-        if module.startswith("deepspeed.runtime") and not module.endswith("config_getters"):
-            return CONFIG_LAYER
+    of_config = "config" in module.rsplit(".", 1)[-1] or ".config_sections" in module
+    if of_config and module.startswith("deepspeed.runtime") and not module.endswith("config_getters"):
+        return CONFIG_LAYER
     if module in ("deepspeed.runtime.batch_triangle", "deepspeed.runtime.feature_gates"):
         return CONFIG_LAYER
     parts = module.split(".")
@@ -103,7 +103,9 @@ def test_imports_point_downwards(module):
 
 
 def test_no_import_cycles():
-    graph = {m: {name for _, name in imports_of(m, p) if name in MODULES and name != "deepspeed"} for m, p in MODULES.items()}
+    graph = {
+        m: {name for _, name in imports_of(m, p) if name in MODULES and name != "deepspeed"} for m, p in MODULES.items()
+    }
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
