@@ -158,8 +158,8 @@ def _find_or_make_optimizer(
     module: torch.nn.Module,
 ) -> torch.optim.Optimizer | None:
     if isinstance(optimizer, torch.optim.Optimizer):
-        if config.zero_optimization_stage > 0 and not config.zero_allow_untested_optimizer:
-            _require_tested(optimizer)
+        if config.zero_optimization_stage > 0:
+            _require_tested(optimizer, allowed=config.zero_allow_untested_optimizer)
         return optimizer
     groups = _parameter_groups(model_parameters, module)
     if optimizer is not None:
@@ -180,8 +180,16 @@ def _find_or_make_optimizer(
     return build_optimizer(section.type, dict(section.params), groups)
 
 
-def _require_tested(optimizer: torch.optim.Optimizer) -> None:
-    if not is_zero_tested(optimizer):
+def _require_tested(optimizer: torch.optim.Optimizer, *, allowed: bool) -> None:
+    if is_zero_tested(optimizer):
+        return
+    if allowed:
+        # Clients set the key for every optimizer that they are given, so that its user may not know.
+        warning_once(
+            f"zero_allow_untested_optimizer lets {type(optimizer).__name__} update flat shards of the parameters, which "
+            "is right only if its update is elementwise; factored moments or norms of whole matrices need stage 0"
+        )
+    else:
         error = type("UntestedOptimizerError", (ConfigError, AssertionError), {})
         raise error(
             f"{type(optimizer).__name__} is not tested with ZeRO, which updates flat shards: an optimizer that needs "
