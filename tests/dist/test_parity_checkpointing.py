@@ -23,11 +23,12 @@ class Shared(nn.Module):
         self.between = nn.Linear(7, 7)
         self.last = nn.Linear(7, 1)
 
-    def forward(self, x: torch.Tensor, twice: bool = True) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, uses: int) -> torch.Tensor:
         h = torch.tanh(self.first(x))
-        h = self._block(h)
+        if uses > 0:
+            h = self._block(h)
         h = torch.tanh(self.between(h))
-        if twice:
+        if uses > 1:
             h = self._block(h)
         return self.last(h).square().mean()
 
@@ -47,8 +48,9 @@ def _data(rank: int, index: int) -> torch.Tensor:
     return torch.randn(4, 5, generator=torch.Generator().manual_seed(100 * rank + index))
 
 
-def _twice(rank: int, index: int) -> bool:
-    return (rank + index) % 3 != 0
+def _uses(rank: int, index: int) -> int:
+    """How often the shared layer is used: differs by rank, and late gradients meet micro-batches without it."""
+    return (2, 0, 1, 2, 2, 1)[(index + 2 * rank) % 6]
 
 
 def _reference(world: int, windows: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
@@ -60,8 +62,9 @@ def _reference(world: int, windows: int, accumulation: int) -> list[dict[str, to
         for micro in range(accumulation):
             index = window * accumulation + micro
             for rank in range(world):
-                (model(_data(rank, index), _twice(rank, index)) / accumulation / world).backward()
-        trace.append({n: p.grad.clone() for n, p in model.named_parameters()})
+                (model(_data(rank, index), _uses(rank, index)) / accumulation / world).backward()
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        trace.append(grads)
         optimizer.step()
         optimizer.zero_grad()
         trace.append({n: p.detach().clone() for n, p in model.named_parameters()})
@@ -82,7 +85,7 @@ def _run(rank: int, world: int, mode: str) -> dict[str, int]:
                     for window in range(2):
                         for micro in range(accumulation):
                             index = window * accumulation + micro
-                            engine.backward(engine(_data(rank, index), _twice(rank, index)))
+                            engine.backward(engine(_data(rank, index), _uses(rank, index)))
                             late += engine._flat.reducer.late
                             if micro + 1 == accumulation and read:
                                 got = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}

@@ -224,3 +224,37 @@ def _trained_part(rank: int, world: int) -> None:
 
 def test_a_part_of_a_model_can_be_trained() -> None:
     run_ranks(_trained_part, 2)
+
+
+def _nothing_in_a_bucket(rank: int, world: int) -> None:
+    """A parameter without elements that is alone in its bucket, or in its group."""
+
+    class Holes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(9, 9)
+            self.hole = nn.Parameter(torch.zeros(0, 4))
+            self.last = nn.Linear(9, 7)
+            self.other = nn.Parameter(torch.zeros(3, 0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x)).square().mean() + self.hole.sum()
+
+    for stage, section in itertools.product((0, 1, 2), PRECISIONS.values()):
+        model = Holes()
+        groups = [{"params": [p for p in model.parameters() if p is not model.other]}, {"params": [model.other]}]
+        zero = {"stage": stage, "reduce_bucket_size": 32, "overlap_comm": True}
+        engine = make_engine(model, {"zero_optimization": zero, **section}, torch.optim.Adam(groups, lr=0.1))
+        assert len(engine._flat.buckets) == 6
+        before = model.first.weight.detach().clone()
+        for _ in range(2):
+            engine.backward(engine(torch.ones(2, 9, dtype=model.first.weight.dtype)).float())
+            assert safe_get_full_grad(model.hole).shape == (0, 4) and safe_get_full_grad(model.other).shape == (3, 0)
+            engine.step()
+        assert engine.was_step_applied() and not torch.equal(model.first.weight, before)
+        engine.destroy()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_empty_parameters_need_no_company(world: int) -> None:
+    run_ranks(_nothing_in_a_bucket, world)
