@@ -40,7 +40,7 @@ def plan_buckets(numels: Sequence[int], *, limit_numel: int, world_size: int) ->
 
     def close() -> None:
         if members:
-            plans.append(BucketPlan(tuple(members), tuple(starts), _round_up(max(end, 1), ALIGN_NUMEL * world_size)))
+            plans.append(BucketPlan(tuple(members), tuple(starts), _round_up(end, ALIGN_NUMEL * world_size)))
 
     for index, numel in enumerate(numels):
         start = _round_up(end, ALIGN_NUMEL)
