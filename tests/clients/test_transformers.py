@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import deepspeed
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint
-from tests.helpers.clients import Sequences, run_clients, tiny_gpt2
+from tests.helpers.clients import Sequences, assert_identical, assert_weights_close, run_clients, tiny_gpt2
 
 pytestmark = pytest.mark.client
 
@@ -161,13 +161,7 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], relative: float, norm
     else:
         assert one["lr"] == pytest.approx(two["lr"], abs=1e-9)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=norm)
-    for name, tensor in one["weights"].items():
-        torch.testing.assert_close(tensor, two["weights"][name], rtol=0, atol=weight, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_identical(one: dict[str, Any], two: dict[str, Any]) -> None:
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
+    assert_weights_close(one["weights"], two["weights"], atol=weight)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
