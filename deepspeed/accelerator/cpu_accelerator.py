@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 
 from .abstract_accelerator import DeepSpeedAccelerator, DeviceIndex
@@ -63,6 +62,12 @@ class _HostEvent:
         if self._at_s is None or end_event._at_s is None:
             raise ValueError("elapsed_time needs two events that were recorded")
         return (end_event._at_s - self._at_s) * 1e3
+
+
+def _psutil() -> Any:
+    import psutil  # noqa: PLC0415 (36 ms, and asked for by reports only)
+
+    return psutil
 
 
 class CPU_Accelerator(DeepSpeedAccelerator):
@@ -142,7 +147,7 @@ class CPU_Accelerator(DeepSpeedAccelerator):
     def empty_cache(self) -> None: ...
 
     def memory_allocated(self, device_index: DeviceIndex = None) -> int:
-        return int(psutil.Process().memory_info().rss)
+        return int(_psutil().Process().memory_info().rss)
 
     def max_memory_allocated(self, device_index: DeviceIndex = None) -> int:
         """Peak resident bytes as the kernel counts them; where it does not say (not Linux), the bytes of now."""
@@ -168,13 +173,13 @@ class CPU_Accelerator(DeepSpeedAccelerator):
 
     def memory_stats(self, device_index: DeviceIndex = None) -> dict[str, Any]:
         """``psutil``'s numbers of this process (``rss``, ``vms``, ``shared``, ...) and ``peak_rss``, in bytes."""
-        return {**psutil.Process().memory_info()._asdict(), "peak_rss": self.max_memory_allocated()}
+        return {**_psutil().Process().memory_info()._asdict(), "peak_rss": self.max_memory_allocated()}
 
     def total_memory(self, device_index: DeviceIndex = None) -> int:
-        return int(psutil.virtual_memory().total)
+        return int(_psutil().virtual_memory().total)
 
     def available_memory(self, device_index: DeviceIndex = None) -> int:
-        return int(psutil.virtual_memory().available)
+        return int(_psutil().virtual_memory().available)
 
     # -- what it can compute -------------------------------------------------------------------------------------------
     def is_bf16_supported(self) -> bool:

@@ -107,7 +107,9 @@ class Bucket:
 
         The master starts from the values as they were given: a bf16 model built in fp32 keeps its fp32 values.
         """
-        source = torch.zeros(self.numel, dtype=self._source_dtype(), device=self.device)
+        source = torch.empty(self.numel, dtype=self._source_dtype(), device=self.device)
+        for low, high in self._gaps:
+            source[low:high].zero_()
         for slot in self.slots:
             slot.view(source).copy_(slot.param.detach())
         if callable(broadcast_from_first):
@@ -117,7 +119,8 @@ class Bucket:
             slot.param.data = slot.view(self.weights)
         kept = self.slice_of(source) if sharded_master else source
         self.master = kept if self.full_precision else kept.to(torch.float32, copy=True)
-        self.grad_shard = torch.zeros(self.shard_numel, dtype=self.accum_dtype, device=self.device)
+        # Memory that the first reduction touches, not this: it writes all of it before anyone reads.
+        self.grad_shard = torch.empty(self.shard_numel, dtype=self.accum_dtype, device=self.device)
 
     @property
     def full_precision(self) -> bool:
