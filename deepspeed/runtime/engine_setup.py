@@ -18,7 +18,7 @@ from deepspeed.errors import ConfigError
 from deepspeed.ops.registry import build_optimizer, is_zero_tested
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.flat_optimizer import FlatOptimizer, FlatSettings
+from deepspeed.runtime.flat_optimizer import FlatOptimizer, FlatSettings, take_back
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import make_loss_scaler
 from deepspeed.runtime.lr_schedules import build_scheduler
@@ -233,6 +233,7 @@ def make_flat_optimizer(
         fail_on_unused=not config.zero_config.ignore_unused_parameters,
         verify_steps=config.verify_gradients,
     )
+    take_back(inner)
     kind: type[FlatOptimizer]
     if stage > 0:
         kind = DeepSpeedZeroOptimizer

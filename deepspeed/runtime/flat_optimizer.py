@@ -34,13 +34,13 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.utils.tensor_fragment import register_owner, unregister_owner
 
-__all__ = ["FlatOptimizer", "FlatSettings"]
+__all__ = ["FlatOptimizer", "FlatSettings", "take_back"]
 
 # Who holds a torch optimizer now; weak on both sides.
 _wrappers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[FlatOptimizer]] = weakref.WeakKeyDictionary()
 
 
-def _release(optimizer: torch.optim.Optimizer) -> None:
+def take_back(optimizer: torch.optim.Optimizer) -> None:
     """Takes the optimizer back from an earlier engine, whose shards are in its groups."""
     wrapper = _wrappers.get(optimizer)
     holder = wrapper() if wrapper is not None else None
@@ -101,7 +101,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
         self.skipped_steps = 0
         self._global_grad_norm: float | None = None
         self._whole = settings.stage == 0
-        _release(optimizer)
+        take_back(optimizer)
         self._given_params = [list(group["params"]) for group in optimizer.param_groups]
         self.buckets = self._make_buckets(names, device)
         masters = self._hand_over_masters()

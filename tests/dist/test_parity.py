@@ -33,12 +33,14 @@ def _config(stage: int, accumulation: int, clip: float, overlap: bool, bucket: i
 def _fp32_matrix(rank: int, world: int) -> int:
     count = 0
     for number, (kind, accumulation, clip) in enumerate(itertools.product(KINDS, (1, 3), (0.0, 0.5))):
+        if world == 3 and (number + number // 4) % 2:
+            continue  # every other pair: each kind meets each value of accumulation and clipping
         name = _optimizer_for(kind)
         expected = run_ddp(kind, rank, accumulation=accumulation, clip=clip, optimizer=name)
         for stage in (0, 1, 2):
             # World 1 sees all ways to bucket; elsewhere, where steps cost more, they take turns.
-            turns = BUCKETS if world == 1 else [BUCKETS[(number + stage) % 4], BUCKETS[(number + stage + 1) % 4]]
-            for overlap, bucket in turns[: 4 - world + 1 if world > 1 else 4]:
+            first = number // 2 + stage
+            for overlap, bucket in BUCKETS if world == 1 else (BUCKETS[first % 4], BUCKETS[(first + 1) % 4]):
                 config = _config(stage, accumulation, clip, overlap, bucket)
                 got = run_engine(kind, rank, config, optimizer=name)
                 what = f"{kind} stage {stage} x{accumulation} clip {clip} overlap {overlap} bucket {bucket}"
@@ -50,12 +52,12 @@ def _fp32_matrix(rank: int, world: int) -> int:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_fp32_equals_ddp(world: int) -> None:
-    assert min(run_ranks(_fp32_matrix, world)) >= len(KINDS) * 4 * 3
+    assert run_ranks(_fp32_matrix, world) == [len(KINDS) * 3 * {1: 16, 2: 8, 3: 4}[world]] * world
 
 
 def _bit_equal(rank: int, world: int) -> None:
     for kind, accumulation, name in itertools.product(
-        ("plain", "tied", "reused", "frozen", "lora"), (1, 3), ("sgd", "momentum", "adam")
+        ("plain", "tied", "reused", "frozen", "lora"), (1, 3), ("momentum", "adam")
     ):
         expected = run_ddp(kind, rank, accumulation=accumulation, clip=0.0, optimizer=name)
         for stage, bucket in itertools.product((0, 1, 2), (None, TINY)):
@@ -85,11 +87,12 @@ _PRECISIONS = {
 
 def _half_matrix(rank: int, world: int) -> int:
     count = 0
-    for number, (mode, kind) in enumerate(itertools.product(_PRECISIONS, KINDS)):
-        section, scale = _PRECISIONS[mode]
-        short = mode.split()[0]
-        for accumulation, stage in itertools.product((1, 3), (0, 1, 2)):
-            number += 1
+    for number, (kind, accumulation, stage) in enumerate(itertools.product(KINDS, (1, 3), (0, 1, 2))):
+        # World 1 sees all modes; elsewhere, where steps cost more, they take turns.
+        modes = list(_PRECISIONS) if world == 1 else [list(_PRECISIONS)[(number + number // 3 + world) % 3]]
+        for mode in modes:
+            section, scale = _PRECISIONS[mode]
+            short = mode.split()[0]
             clip = 0.5 if number % 2 else 0.0
             overlap, bucket = BUCKETS[number % 4]
             expected = run_emulated(
@@ -106,4 +109,5 @@ def _half_matrix(rank: int, world: int) -> int:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_16_bit_equals_torch_with_the_same_casts(world: int) -> None:
-    assert run_ranks(_half_matrix, world) == [len(_PRECISIONS) * len(KINDS) * 6] * world
+    modes = len(_PRECISIONS) if world == 1 else 1
+    assert run_ranks(_half_matrix, world) == [modes * len(KINDS) * 6] * world

@@ -49,7 +49,7 @@ TOP_KEYS = {
 
 
 def _keys_in_fp32(rank: int, world: int) -> None:
-    for accumulation in (1, 3):
+    for accumulation in (1, 3) if world == 2 else (3,):
         expected = run_ddp("tied", rank, accumulation=accumulation, clip=0.5, optimizer="adam")
         base = {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.5}
         for stage in (0, 1, 2):

@@ -103,7 +103,7 @@ def _reads(engine, model, rank: int, stage: int) -> None:
         assert torch.equal(safe_get_full_fp32_param(param).to(param.dtype), param)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_reading(world: int) -> None:
     run_ranks(_everywhere, world, _reads, gradient_accumulation_steps=2)
 
