@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from tests.helpers.dist import run_ranks
 from tests.helpers.models import batches
 from tests.helpers.training import (
@@ -319,3 +319,30 @@ def _create_graph(rank: int, world: int) -> None:
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_create_graph_does_not_count_gradients_twice() -> None:
     run_ranks(_create_graph, 2)
+
+
+def _masters_from(rank: int, world: int, folder: str) -> None:
+    for stage in (1, 2):
+        zero = {"stage": stage}
+        model = make_model("plain")
+        engine = make_engine(model, {"zero_optimization": zero, "bf16": {"enabled": True}}, "adam")
+        for x, y in batches(rank, 2, BATCH):
+            engine.backward(engine(x, y))
+            engine.step()
+        engine.save_checkpoint(f"{folder}/{stage}")
+        saved = {n: safe_get_full_fp32_param(p) for n, p in trained(model).items()}
+        engine.destroy()
+        for from_fp32 in (True, False):
+            model = make_model("plain", seed=8)
+            config = {"zero_optimization": {**zero, "load_from_fp32_weights": from_fp32}, "bf16": {"enabled": True}}
+            engine = make_engine(model, config, "adam")
+            engine.load_checkpoint(f"{folder}/{stage}")
+            for name, value in saved.items():
+                expected = value if from_fp32 else value.bfloat16().float()
+                assert torch.equal(safe_get_full_fp32_param(trained(model)[name]), expected), (name, from_fp32)
+            engine.destroy()
+        assert not torch.equal(saved["head.weight"], saved["head.weight"].bfloat16().float())
+
+
+def test_load_from_fp32_weights_chooses_the_source_of_the_masters(tmp_path) -> None:
+    run_ranks(_masters_from, 2, str(tmp_path))
