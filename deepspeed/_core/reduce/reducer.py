@@ -119,10 +119,13 @@ class GradReducer:
             for bucket in self.buckets:
                 self._hide_views(bucket)
         if self.policy.gather_result:
-            # What stage 0 shows in .grad after a reduction is a result; autograd must not add to it.
+            # What stage 0 shows in .grad after a reduction is a result; autograd must not add to it, nor may the full
+            # buffer's next gradients overwrite it.
             for bucket in self.buckets:
                 if bucket.reduced:
                     self._hide_views(bucket)
+                    if bucket.grad_shard._base is not None:
+                        bucket.grad_shard = bucket.grad_shard.clone()
 
     def end_backward(self) -> None:
         """Sends what is missing and waits for all. Collective if this backward reduces. Idempotent."""
@@ -279,6 +282,8 @@ class GradReducer:
         bucket.zero_untouched()
         self._hide_views(bucket)
         full = self._full(bucket)
+        if self.policy.gather_result and not bucket.reduced:
+            self._place_shard(bucket, full)
         if full.dtype != bucket.comm_dtype:
             full = full.to(bucket.comm_dtype)
         bucket.launched = True
@@ -292,6 +297,14 @@ class GradReducer:
         self._in_flight.append((bucket, pending))
         while len(self._in_flight) > (_MAX_IN_FLIGHT if overlap else keep_in_flight):
             self._wait_oldest()
+
+    @staticmethod
+    def _place_shard(bucket: Bucket, full: torch.Tensor) -> None:
+        """Stage 0: the first reduction of a window goes straight to its place in the full buffer, if it has the dtype."""
+        if full.dtype == bucket.accum_dtype:
+            bucket.grad_shard = bucket.slice_of(full)
+        elif bucket.grad_shard._base is not None:
+            bucket.grad_shard = torch.empty(bucket.shard_numel, dtype=bucket.accum_dtype, device=bucket.device)
 
     def _all_reduce_instead(self, bucket: Bucket, full: torch.Tensor) -> Pending:
         whole = self.transport.all_reduce(full, scale=self.policy.post_scale, eager=self.policy.overlap)
@@ -326,7 +339,9 @@ class GradReducer:
         pending = []
         for bucket in buckets:
             full = self._full(bucket)
-            bucket.slice_of(full).copy_(bucket.grad_shard)
+            own = bucket.slice_of(full)
+            if own.data_ptr() != bucket.grad_shard.data_ptr():
+                own.copy_(bucket.grad_shard)
             pending.append(self.transport.all_gather(full, limit_numel=bucket.numel))
         for bucket, gather in zip(buckets, pending, strict=True):
             gather.wait()
