@@ -73,9 +73,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self._accumulate_only = False
         self._step_applied = False
         self._precision = engine_setup.precision_policy(self._config, model)
-        self._progress = Progress(
-            self._config.steps_per_print, self._config.wall_clock_breakdown, self.train_batch_size()
-        )
+        self._progress = Progress(self._config)
 
         trained = {p for g in inner.param_groups for p in g["params"] if p.requires_grad} if inner else set()
         engine_setup.prepare_module(model, self._precision, self.device, self.dp_process_group, trained)
