@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from deepspeed import comm as dist
 from deepspeed._core.layout.flat import plan_buckets
 from deepspeed._core.precision.norm import clip_factor, squared_norm
 from deepspeed._core.precision.policy import PrecisionPolicy
@@ -148,13 +149,30 @@ class FlatOptimizer(DeepSpeedOptimizer):
                         accum_dtype=precision.accum_dtype_of(dtype),
                         device=device,
                     )
-                    bucket.adopt(sharded_master=not self._whole, broadcast_from_first=self._broadcast)
                     buckets.append(bucket)
+        self._move_into(buckets)
         return buckets
 
-    def _broadcast(self, flat: torch.Tensor) -> None:
-        if self.transport.world_size > 1:
-            torch.distributed.broadcast(flat, src=self.transport.global_rank(0), group=self.dp_process_group)
+    def _move_into(self, buckets: Sequence[Bucket]) -> None:
+        """Fills the buckets with rank 0's values, copying one while another travels."""
+        waiting: list[tuple[Bucket, torch.Tensor, Any]] = []
+
+        def finish() -> None:
+            bucket, source, work = waiting.pop(0)
+            if work is not None:
+                work.wait()
+            bucket.adopt(source, sharded_master=not self._whole)
+
+        first = self.transport.global_rank(0)
+        for bucket in buckets:
+            source, work = bucket.collect(), None
+            if self.transport.world_size > 1:
+                work = dist.broadcast(source, src=first, group=self.dp_process_group, async_op=True)
+            waiting.append((bucket, source, work))
+            if len(waiting) > 1:
+                finish()
+        while waiting:
+            finish()
 
     def _hand_over_masters(self) -> dict[int, list[torch.Tensor]]:
         """Puts the tensors to update into the optimizer's own group dicts, in place of the model's parameters."""

@@ -102,23 +102,27 @@ class Bucket:
         """This rank's slice of a full buffer, a view."""
         return flat[self.rank * self.shard_numel : (self.rank + 1) * self.shard_numel]
 
-    def adopt(self, *, sharded_master: bool, broadcast_from_first: object) -> None:
-        """Moves the parameters into the flat buffer and makes the master copy; ``broadcast_from_first(flat)`` syncs it.
+    def collect(self) -> torch.Tensor:
+        """The parameters' values as they were given, in a new full buffer: what rank 0 broadcasts and :meth:`adopt` takes.
 
-        The master starts from the values as they were given: a bf16 model built in fp32 keeps its fp32 values.
+        fp32 if any of them is: a bf16 model built in fp32 keeps its fp32 values in the master copy.
         """
-        source = torch.empty(self.numel, dtype=self._source_dtype(), device=self.device)
+        wide = any(slot.param.dtype == torch.float32 for slot in self.slots)
+        source = torch.empty(self.numel, dtype=torch.float32 if wide else self.weight_dtype, device=self.device)
         for low, high in self._gaps:
             source[low:high].zero_()
         for slot in self.slots:
             slot.view(source).copy_(slot.param.detach())
-        if callable(broadcast_from_first):
-            broadcast_from_first(source)
+        return source
+
+    def adopt(self, source: torch.Tensor, *, sharded_master: bool) -> None:
+        """Points the parameters into a flat buffer with the values of ``source``, and makes the master copy."""
         self.weights = source if source.dtype == self.weight_dtype else source.to(self.weight_dtype)
         for slot in self.slots:
             slot.param.data = slot.view(self.weights)
         kept = self.slice_of(source) if sharded_master else source
-        self.master = kept if self.full_precision else kept.to(torch.float32, copy=True)
+        own_memory = self.full_precision or (kept is source and source is not self.weights)
+        self.master = kept if own_memory else kept.to(torch.float32, copy=True)
         # Memory that the first reduction touches, not this: it writes all of it before anyone reads.
         self.grad_shard = torch.empty(self.shard_numel, dtype=self.accum_dtype, device=self.device)
 
@@ -126,11 +130,6 @@ class Bucket:
     def full_precision(self) -> bool:
         """Whether the weights are their own master copy."""
         return self.weight_dtype in (torch.float32, torch.float64)
-
-    def _source_dtype(self) -> torch.dtype:
-        if any(slot.param.dtype == torch.float32 for slot in self.slots):
-            return torch.float32
-        return self.weight_dtype
 
     def use_grad_buffer(self, buffer: torch.Tensor) -> None:
         """Takes a full buffer with unknown content; gaps and padding are zeroed, since they are reduced, too."""
