@@ -11,7 +11,15 @@ from pathlib import Path
 
 import deepspeed
 
-HEAVY = ("pydantic", "deepspeed.runtime", "deepspeed.ops", "deepspeed.launcher", "triton", "transformers", "tensorboard")
+HEAVY = (
+    "pydantic",
+    "deepspeed.runtime",
+    "deepspeed.ops",
+    "deepspeed.launcher",
+    "triton",
+    "transformers",
+    "tensorboard",
+)
 
 
 def run(code: str) -> str:
