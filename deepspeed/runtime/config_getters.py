@@ -101,6 +101,18 @@ def _getter(name: str, path: str) -> Callable[[Any], Any]:
 class ConfigGetters:
     """Mixin with one method for each entry of :data:`GETTERS`."""
 
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Whether the stage partitions gradients."""
+        return bool(self._config.zero_optimization_stage >= 2)  # type: ignore[attr-defined]
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether the stage partitions the weights themselves."""
+        return bool(self._config.zero_optimization_stage >= 3)  # type: ignore[attr-defined]
+
+    def print_config(self) -> None:
+        """Logs the resolved config with where each value came from, on rank 0, whatever the log level."""
+        self._config.print("DeepSpeedEngine configuration")  # type: ignore[attr-defined]
+
 
 for _name, _path in GETTERS.items():
     setattr(ConfigGetters, _name, _getter(_name, _path))

@@ -93,7 +93,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.basic_optimizer = inner
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
         if self._config.dump_state:
-            self._config.print("DeepSpeedEngine configuration")
+            self.print_config()
 
     # -- the three phases --------------------------------------------------------------------------------------------
 
@@ -275,12 +275,6 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     @property
     def world_size(self) -> int:
         return dist.get_world_size()
-
-    def zero_optimization_partition_gradients(self) -> bool:
-        return self.zero_optimization_stage() >= 2
-
-    def zero_optimization_partition_weights(self) -> bool:
-        return self.zero_optimization_stage() >= 3
 
     # -- data --------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import itertools
 
 import pytest
@@ -185,6 +188,9 @@ def _delegates(rank: int, world: int) -> None:
     assert sorted(engine.module_state_dict()) == ["bias", "weight"]
     model.weight.requires_grad_(False)
     assert sorted(engine.module_state_dict(exclude_frozen_parameters=True)) == ["bias"]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        engine.print_config()
+    assert ("zero_optimization.stage" in said.getvalue()) == (rank == 0) and not engine.zero_optimization_partition_weights()
     new = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
     engine.load_module_state_dict(new)
     assert torch.equal(model.weight, new["weight"])
