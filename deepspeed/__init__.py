@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from deepspeed._core.lazy import attach
+from deepspeed._core.lazy import attach, no_collection
 from deepspeed.version import __version__
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ def initialize(
         wrapped one (ZeRO, 16 bit) or, in plain fp32 without ZeRO, the torch optimizer itself.
     """
     # Heavy parts load on first use, which keeps `import deepspeed` cheap for programs that merely have it installed.
-    from deepspeed import comm  # noqa: PLC0415
-    from deepspeed.errors import ConfigError, MissingFeatureError  # noqa: PLC0415
-    from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: PLC0415
+    with no_collection():
+        from deepspeed import comm  # noqa: PLC0415
+        from deepspeed.errors import ConfigError, MissingFeatureError  # noqa: PLC0415
+        from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: PLC0415
 
     if model is None:
         raise ConfigError("deepspeed.initialize: model is required")

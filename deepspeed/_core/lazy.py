@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["attach"]
+__all__ = ["attach", "no_collection"]
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Pauses the garbage collector while many small objects are made that stay.
+
+    Importing our config models starts a full collection of everything that torch has on the heap: 100 ms of 230.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def attach(
