@@ -88,17 +88,18 @@ def initialize(
         raise MissingFeatureError("deepspeed.initialize: mesh_param is not supported yet; leave it out")
     chosen = _choose_config(args, config, config_params)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required, verbose=False)
-    engine = DeepSpeedEngine(
-        model,
-        chosen,
-        args=args,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        collate_fn=collate_fn,
-    )
+    with no_collection():
+        engine = DeepSpeedEngine(
+            model,
+            chosen,
+            args=args,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            collate_fn=collate_fn,
+        )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
