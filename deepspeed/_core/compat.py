@@ -14,14 +14,13 @@ only new names (below).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["FUSED_OPTIMIZER_KERNELS", "all_gather_flat", "has_fused_kernel", "reduce_scatter_flat", "torch_version"]
+__all__ = ["all_gather_flat", "reduce_scatter_flat", "torch_version"]
 
 FlatCollective = Callable[..., Any]
 
@@ -50,29 +49,3 @@ all_gather_flat: FlatCollective = _resolve("all_gather_single", "all_gather_into
 #: ``(output, input, op=SUM, group=None, async_op=False)``: ``output`` (n elements) becomes this rank's piece of the sum
 #: of every rank's ``input`` (world * n elements, flat). Collective.
 reduce_scatter_flat: FlatCollective = _resolve("reduce_scatter_single", "reduce_scatter_tensor")
-
-#: Names of the in-place optimizer kernels that this torch has, e.g. ``"adamw"`` for ``torch._fused_adamw_``.
-FUSED_OPTIMIZER_KERNELS = frozenset(
-    name for name in ("adam", "adamw", "sgd", "adagrad") if hasattr(torch, f"_fused_{name}_")
-)
-
-
-def has_fused_kernel(name: str, device: torch.device) -> bool:
-    """Whether ``torch._fused_<name>_`` runs on the device: one tiny call tells, since no attribute of torch does."""
-    if name not in FUSED_OPTIMIZER_KERNELS:
-        return False
-    parameter = torch.nn.Parameter(torch.zeros(1, device=device))
-    parameter.grad = torch.zeros_like(parameter)
-    classes: dict[str, type[torch.optim.Optimizer]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "sgd": torch.optim.SGD,
-        "adagrad": torch.optim.Adagrad,
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cast(Any, classes[name])([parameter], lr=0.0, fused=True).step()
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True

@@ -16,7 +16,7 @@ from deepspeed import comm as dist
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
 from deepspeed.runtime import engine_checkpoint, engine_setup
-from deepspeed.runtime.config import BatchSizes, DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_getters import ConfigGetters
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
@@ -195,17 +195,13 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
                 f"train batch size {train_batch_size} is not a positive multiple of micro batch x data-parallel ranks "
                 f"= {self.train_micro_batch_size_per_gpu()} x {per_micro_step // self.train_micro_batch_size_per_gpu()}"
             )
-        self._set_batch(self.train_micro_batch_size_per_gpu(), train_batch_size // per_micro_step)
+        self._config.set_batch(accumulation=train_batch_size // per_micro_step)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Changes the samples per rank and backward; the accumulation steps stay."""
         if micro_batch_size <= 0:
             raise ValueError(f"micro batch size must be positive, not {micro_batch_size}")
-        self._set_batch(micro_batch_size, self.gradient_accumulation_steps())
-
-    def _set_batch(self, micro_batch: int, accumulation: int) -> None:
-        ranks = self.dp_world_size
-        self._config.batch = BatchSizes(micro_batch * accumulation * ranks, micro_batch, accumulation, ranks)
+        self._config.set_batch(micro_batch=micro_batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also those accumulated since the last step."""
@@ -410,7 +406,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         if not self._config.torch_autocast.enabled:
             yield
             return
-        with torch.autocast(self.device.type, dtype=self._config.torch_autocast.dtype or torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=self._config.autocast_dtype):
             yield
 
     def _cast_inputs(self, inputs: Any) -> Any:

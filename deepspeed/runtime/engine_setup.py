@@ -70,12 +70,12 @@ def precision_policy(config: DeepSpeedConfig, module: torch.nn.Module) -> Precis
     check = bool(config.bf16.check_grad_overflow) if config.bf16.enabled else True
     return PrecisionPolicy(
         param_dtype=param,
-        comm_dtype=config.communication_data_type,
-        accum_dtype=config.data_types.grad_accum_dtype,
+        comm_dtype=config.communication_dtype,
+        accum_dtype=config.grad_accum_dtype,
         loss_scaling=config.fp16.enabled,
         check_overflow=check,
         cast_inputs=config.fp16.enabled and config.fp16.auto_cast,
-        autocast_dtype=(config.torch_autocast.dtype or torch.bfloat16) if config.torch_autocast.enabled else None,
+        autocast_dtype=config.autocast_dtype if config.torch_autocast.enabled else None,
         autocast_names=_safe_module_parameters(config, module),
     )
 
