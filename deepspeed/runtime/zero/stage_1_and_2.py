@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
+from deepspeed.runtime.zero.estimate import (
+    estimate_zero2_model_states_mem_needs,
+    estimate_zero2_model_states_mem_needs_all_cold,
+    estimate_zero2_model_states_mem_needs_all_live,
+)
 
-__all__ = ["DeepSpeedZeroOptimizer"]
+__all__ = [
+    "DeepSpeedZeroOptimizer",
+    "estimate_zero2_model_states_mem_needs",
+    "estimate_zero2_model_states_mem_needs_all_cold",
+    "estimate_zero2_model_states_mem_needs_all_live",
+]
 
 
 class DeepSpeedZeroOptimizer(FlatOptimizer):
