@@ -1,0 +1,1 @@
+"""Block-wise quantisation of vectors that travel or rest in few bits. Knows tensors only."""
