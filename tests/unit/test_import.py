@@ -94,12 +94,16 @@ PUBLIC = {
         "DeepSpeedZeroConfig",
         "GatheredParameters",
         "Init",
+        "TiledLinear",
+        "TiledLinearReturnBias",
         "ZeroParamStatus",
         "ZeroStageEnum",
         "config",
+        "estimate",
         "offload_config",
         "partition_parameters",
         "stage_1_and_2",
+        "tiling",
     },
 }
 

@@ -3,13 +3,16 @@
 from deepspeed._core.lazy import attach
 
 _PARTITION = "deepspeed.runtime.zero.partition_parameters:"
+_TILING = "deepspeed.runtime.zero.tiling:"
 
 __getattr__, __dir__ = attach(
     __name__,
-    ("config", "offload_config", "partition_parameters", "stage_1_and_2"),
+    ("config", "estimate", "offload_config", "partition_parameters", "stage_1_and_2", "tiling"),
     {
         "GatheredParameters": _PARTITION + "GatheredParameters",
         "Init": _PARTITION + "Init",
+        "TiledLinear": _TILING + "TiledLinear",
+        "TiledLinearReturnBias": _TILING + "TiledLinearReturnBias",
         "ZeroParamStatus": _PARTITION + "ZeroParamStatus",
         "DeepSpeedZeroConfig": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
         "ZeroStageEnum": "deepspeed.runtime.zero.config:ZeroStageEnum",
