@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeed._core.layout.groups import blocks_and_lines, group_of, hpz_groups, mics_groups, node_groups
+from deepspeed._core.layout.groups import blocks_and_lines, fits_nodes, group_of, hpz_groups, mics_groups, node_groups
 
 
 @given(st.integers(1, 12), st.integers(1, 12))
@@ -75,6 +75,17 @@ def test_replicas_lie_on_a_node_each():
 )
 def test_where_nodes_do_not_split_equally_there_is_no_hierarchy(groups, node_size):
     assert node_groups(groups, node_size) is None
+
+
+def test_groups_that_do_not_follow_the_nodes_are_seen_on_every_rank():
+    layout = mics_groups(4, 2)
+    for rank in range(4):
+        block, line = layout.block_of(rank), layout.line_of(rank)
+        assert fits_nodes(range(4), rank, block, line)
+        assert fits_nodes(block, rank, block, (rank,)) and fits_nodes(line, rank, (rank,), line)
+        assert not fits_nodes(range(4), rank, line, block)
+        assert not fits_nodes(range(4), rank, block, (rank,))
+        assert not fits_nodes(range(4), rank, [], line)
 
 
 def test_nonsense_is_refused():

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["GroupLayout", "blocks_and_lines", "group_of", "hpz_groups", "mics_groups", "node_groups"]
+__all__ = ["GroupLayout", "blocks_and_lines", "fits_nodes", "group_of", "hpz_groups", "mics_groups", "node_groups"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ def node_groups(groups: Iterable[Sequence[int]], node_size: int) -> GroupLayout 
         blocks += layout.blocks
         lines += layout.lines
     return GroupLayout(tuple(blocks), tuple(lines))
+
+
+def fits_nodes(ranks: Sequence[int], rank: int, block: Sequence[int], line: Sequence[int]) -> bool:
+    """Whether ``block`` and ``line`` are those of ``rank`` when ``ranks`` are split into blocks of that size.
+
+    If they come from one layout, all ranks have the same answer.
+    """
+    if not block or len(ranks) != len(block) * len(line):
+        return False
+    layout = blocks_and_lines(ranks, len(block))
+    return layout.block_of(rank) == tuple(block) and layout.line_of(rank) == tuple(line)
 
 
 def group_of(groups: Iterable[Sequence[int]], rank: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as torch_dist
 
 from deepspeed import comm as dist
-from deepspeed._core.layout.groups import GroupLayout, node_groups
+from deepspeed._core.layout.groups import GroupLayout, fits_nodes, node_groups
 from deepspeed._core.params.transport import GatherItem, ParamTransport, make_param_transport
 from deepspeed._core.quant.blocks import INT8, BlockFormat
 from deepspeed._core.reduce.transport import Pending
@@ -144,12 +144,12 @@ class HierarchicalGather(ParamTransport):
         self.plain = transport
         self._between = between
         self._inside = inside
-        nodes, locals_ = between.world_size, inside.world_size
-        if nodes * locals_ != self.world_size or between.rank * locals_ + inside.rank != self.rank:
+        own = dist.get_rank()
+        ranks, block, line = (dist.get_all_ranks_from_group(t.group) for t in (transport, inside, between))
+        if not fits_nodes(ranks, own, block, line):
             raise ValueError(
-                f"a hierarchical gather must split its {self.world_size} ranks node by node, with rank = node * ranks in a "
-                f"node + position; rank {self.rank} is position {inside.rank} of {locals_} in node {between.rank} of "
-                f"{nodes}. Use make_hierarchical_gather, which makes fitting groups"
+                f"the groups of a hierarchical gather must split its ranks {ranks} node by node; rank {own} got {block} as "
+                f"its node's and {line} as those of its position in all nodes. make_hierarchical_gather makes fitting groups"
             )
 
     def gather(self, items: Sequence[GatherItem]) -> Pending:

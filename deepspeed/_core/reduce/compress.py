@@ -20,7 +20,7 @@ import torch
 import torch.distributed as torch_dist
 
 from deepspeed import comm as dist
-from deepspeed._core.layout.groups import node_groups
+from deepspeed._core.layout.groups import fits_nodes, node_groups
 from deepspeed._core.quant.blocks import INT4, BlockFormat
 from deepspeed._core.quant.loco import ErrorFeedback
 from deepspeed._core.reduce.transport import Pending, Transport
@@ -128,12 +128,14 @@ class QuantisedReduce(_Delegating):
             self._between = None if inter_group is None else _Exchange(inter_group)
         self._locals, self._local = (self._inside.size, self._inside.rank) if self._inside else (1, 0)
         self._nodes, self._node = (self._between.size, self._between.rank) if self._between else (1, 0)
-        expected = self._node * self._locals + self._local
-        if self._locals * self._nodes != self.world_size or expected != self.rank:
+        own = (dist.get_rank(),)
+        ranks = dist.get_all_ranks_from_group(transport.group)
+        block = dist.get_all_ranks_from_group(self._inside.group) if self._inside else own
+        line = dist.get_all_ranks_from_group(self._between.group) if self._between else own
+        if not fits_nodes(ranks, own[0], block, line):
             raise ValueError(
-                f"the node groups of a quantised reduction must split its {self.world_size} ranks node by node, with rank = "
-                f"node * ranks in a node + position; rank {self.rank} is position {self._local} of {self._locals} in node "
-                f"{self._node} of {self._nodes}. Use make_quantised_reduce, which makes fitting groups"
+                f"the groups of a quantised reduction must split its ranks {ranks} node by node; rank {own[0]} got {block} "
+                f"as its node's and {line} as those of its position in all nodes. make_quantised_reduce makes fitting groups"
             )
 
     def reduce_scatter(
@@ -172,7 +174,9 @@ class QuantisedReduce(_Delegating):
         def finish() -> None:
             dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
             if nodes == 1 and not accumulate and out.dtype == dtype:
-                sums = out.view(1, -1).copy_(grid[:, mine])  # saves a buffer; out may be the slice itself
+                sums = out.view(1, -1)  # saves a buffer
+                if out.data_ptr() != grid[:, mine].data_ptr():
+                    sums.copy_(grid[:, mine])
             else:
                 sums = grid[:, mine].to(dtype, copy=True)  # (nodes, numel)
             if inside is not None:
