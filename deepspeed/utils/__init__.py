@@ -3,11 +3,12 @@
 from deepspeed._core.lazy import attach
 
 _FRAGMENT = "deepspeed.utils.tensor_fragment:"
+_LEAF = "deepspeed.utils.z3_leaf_module:"
 _LOGGING = "deepspeed.utils.logging:"
 
 __getattr__, __dir__ = attach(
     __name__,
-    ("groups", "logging", "tensor_fragment", "zero_to_fp32"),
+    ("groups", "logging", "tensor_fragment", "z3_leaf_module", "zero_to_fp32"),
     {
         **{
             name: _FRAGMENT + name
@@ -24,6 +25,22 @@ __getattr__, __dir__ = attach(
                 "safe_set_local_fp32_param",
                 "safe_set_local_grad",
                 "safe_set_local_optimizer_state",
+            )
+        },
+        # The function z3_leaf_module is not here: its name is that of the submodule.
+        **{
+            name: _LEAF + name
+            for name in (
+                "apply_zero_leaf_module_config",
+                "get_z3_leaf_modules",
+                "set_z3_leaf_module",
+                "set_z3_leaf_modules",
+                "set_z3_leaf_modules_by_name",
+                "set_z3_leaf_modules_by_suffix",
+                "unset_z3_leaf_modules",
+                "unset_z3_leaf_modules_by_name",
+                "unset_z3_leaf_modules_by_suffix",
+                "z3_leaf_parameter",
             )
         },
         "logger": _LOGGING + "logger",
