@@ -45,6 +45,12 @@ def qgz_bound(world: int, node_size: int, largest: float) -> float:
     return c * largest * ((node_size - 1) * nodes + (nodes - 1) * node_size * (1 + c)) + 1e-5
 
 
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Relative to the largest element. (``torch.testing`` takes 0.7 s to import, in every forked rank.)"""
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    return bool(((got.double() - expected.double()).abs() <= tolerance * largest).all())
+
+
 def sent_nbytes(events: list) -> int:
     assert {event.op for event in events} <= {"isend", "irecv"}, events
     return sum(event.nbytes for event in events if event.op == "isend")
@@ -73,9 +79,9 @@ def _quantised_reduce(rank: int, world: int, node_size: int) -> None:
             assert torch.equal(out, 0.5 * full.float())
         first = out.clone()
         reduce.reduce_scatter(full, out, scale=0.5, accumulate=True).wait()
-        torch.testing.assert_close(out, 2 * first)
+        assert close(out, 2 * first, 1e-6)
         reduce.reduce_scatter(full, full[own], scale=1.0, accumulate=False).wait()  # in place
-        torch.testing.assert_close(full[own].float(), 2 * first, rtol=1e-2, atol=1e-2)
+        assert close(full[own], 2 * first, 1e-2)
 
 
 def test_quantised_sums_are_within_the_bound() -> None:
@@ -144,7 +150,8 @@ def test_non_finite_gradients_stay_visible_to_their_owner() -> None:
 
 def _loco(rank: int, world: int, node_size: int) -> None:
     plain = make_transport(None, CPU)
-    own = slice(rank * 200, (rank + 1) * 200)
+    gradient = contribution(rank, world * 200)
+    summed = plain_sum(world, world * 200)[rank * 200 : (rank + 1) * 200]
     errors = {}
     for name, feedback in (("without", None), ("with", ErrorFeedback(err_beta=0.8, reset_T=1024))):
         reduce = make_quantised_reduce(plain, CPU, node_size=node_size, feedback=feedback)
@@ -153,9 +160,9 @@ def _loco(rank: int, world: int, node_size: int) -> None:
             for step in range(steps):
                 # A gradient that drifts slowly: rounding it is the same mistake again and again.
                 drift = 1 + 0.001 * step
-                full = contribution(rank, world * 200) * drift
+                full = gradient * drift
                 reduce.reduce_scatter(full, total, scale=1.0, accumulate=True, key=("bucket", 0)).wait()
-                exact += plain_sum(world, world * 200)[own] * drift
+                exact += summed * drift
             errors[name, steps] = float((total.double() - exact).norm())
             if feedback is not None:
                 assert feedback.nbytes > 0
@@ -183,7 +190,7 @@ def _no_key_no_feedback(rank: int, world: int) -> None:
     # The rest goes through the plain transport, exactly.
     whole = contribution(rank, world * 64)
     reduce.all_reduce(whole, scale=1.0).wait()
-    torch.testing.assert_close(whole.double(), plain_sum(world, world * 64), atol=1e-5, rtol=0)
+    assert close(whole, plain_sum(world, world * 64), 1e-6)
     assert reduce.sum_scalars(torch.tensor([float(rank)])).item() == world * (world - 1) / 2
     gathered = torch.zeros(world)
     gathered[rank] = rank
