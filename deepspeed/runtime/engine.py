@@ -76,6 +76,9 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self._progress = Progress(self._config)
 
         trained = {p for g in inner.param_groups for p in g["params"] if p.requires_grad} if inner else set()
+        self._offload = engine_setup.partition_or_unite(
+            self._config, model, self._precision, self.device, self.dp_process_group, trained
+        )
         engine_setup.prepare_module(model, self._precision, self.device, self.dp_process_group, trained)
         self._flat: FlatOptimizer | None = None
         if inner is not None:
@@ -87,9 +90,12 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
                 device=self.device,
                 group=self.dp_process_group,
                 reduce_now=self._reduces_now,
+                offload=self._offload,
             )
-        # A plain fp32 run without ZeRO gives the user's own optimizer back.
-        self.optimizer: Any = inner if type(self._flat) is FlatOptimizer else self._flat
+        if self._offload is not None:
+            self._offload.attach()
+        # A plain fp32 run without ZeRO gives the user's own optimizer back; partitioned inference what runs it.
+        self.optimizer: Any = inner if type(self._flat) is FlatOptimizer else self._flat or self._offload
         self.basic_optimizer = inner
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
         if self._config.dump_state:
@@ -167,7 +173,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decides the boundary by hand, from now on. Then call ``step()`` only at boundaries."""
         if self._flat is not None:
-            self._flat.reducer.end_backward()  # a plain loss.backward() before was not of the coming micro-batch
+            self._flat.end_backward()  # a plain loss.backward() before was not of the coming micro-batch
         self._boundary = bool(is_boundary)
 
     @contextlib.contextmanager
@@ -389,9 +395,13 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         """Removes hooks and frees gradient buffers; the module keeps its weights. Idempotent."""
         if self._flat is not None:
             self._flat.destroy()
+        if self._offload is not None:
+            self._offload.destroy()
 
     def empty_partition_cache(self) -> None:
-        """Frees parameters kept gathered; stages 0 to 2 partition none, so there is nothing to free."""
+        """Frees what stage 3 keeps gathered between uses; it comes back when next used. Below stage 3, nothing."""
+        if self._offload is not None:
+            self._offload.empty_partition_cache()
 
     def _require_optimizer(self, what: str) -> FlatOptimizer:
         if self._flat is None:

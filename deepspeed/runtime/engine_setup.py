@@ -5,6 +5,7 @@ Plain functions from config to objects, so that the engine itself holds phases o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -22,8 +23,12 @@ from deepspeed.runtime.flat_optimizer import FlatOptimizer, FlatSettings, take_b
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import make_loss_scaler
 from deepspeed.runtime.lr_schedules import build_scheduler
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, partition_module
+from deepspeed.runtime.zero.partition_parameters import is_zero_param, unpartition
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils.logging import warning_once
+from deepspeed.utils.logging import log_dist, warning_once
+from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
 __all__ = [
     "choose_device",
@@ -31,6 +36,7 @@ __all__ = [
     "make_flat_optimizer",
     "make_inner_optimizer",
     "make_scheduler",
+    "partition_or_unite",
     "precision_policy",
     "prepare_module",
 ]
@@ -108,11 +114,11 @@ def prepare_module(
 ) -> None:
     """Moves what no bucket takes over (frozen parameters, buffers) to the device, casts parameters, syncs to rank 0.
 
-    Buffers keep their dtype. Collective.
+    Buffers keep their dtype. Partitioned parameters are left alone. Collective.
     """
     tensors: list[torch.Tensor] = []
     for param in module.parameters():
-        if param not in skip:
+        if param not in skip and not is_zero_param(param):
             dtype = policy.param_dtype if policy.param_dtype is not None and param.is_floating_point() else param.dtype
             if param.dtype != dtype or param.device != device:
                 param.data = param.data.to(device=device, dtype=dtype)
@@ -132,6 +138,28 @@ def prepare_module(
             work.wait()
             if copy is not tensor:
                 tensor.copy_(copy)
+
+
+def partition_or_unite(
+    config: DeepSpeedConfig,
+    module: torch.nn.Module,
+    policy: PrecisionPolicy,
+    device: torch.device,
+    group: torch.distributed.ProcessGroup | None,
+    trained: set[torch.nn.Parameter],
+) -> DeepSpeedZeRoOffload | None:
+    """Stage 3: partitions the module. Below: makes what zero.Init or an earlier engine partitioned whole. Collective."""
+    if config.zero_optimization_stage == 3:
+        apply_zero_leaf_module_config(module, config.zero_config.leaf_module)
+        return partition_module(
+            module, config.zero_config, group=group, device=device, dtype=policy.param_dtype, keep_dtype=trained
+        )
+    united = unpartition(module.parameters())
+    if united:
+        log_dist(
+            f"{united} partitioned parameters were made whole for ZeRO stage {int(config.zero_optimization_stage)}"
+        )
+    return None
 
 
 def make_inner_optimizer(
@@ -218,6 +246,7 @@ def make_flat_optimizer(
     device: torch.device,
     group: torch.distributed.ProcessGroup | None,
     reduce_now: Callable[[], bool],
+    offload: DeepSpeedZeRoOffload | None = None,
 ) -> FlatOptimizer:
     """The wrapped optimizer of the configured stage and precision. Collective."""
     stage = config.zero_optimization_stage
@@ -232,10 +261,13 @@ def make_flat_optimizer(
         gradient_clipping=config.gradient_clipping,
         fail_on_unused=not config.zero_config.ignore_unused_parameters,
         verify_steps=config.verify_gradients,
+        sub_group_numel=config.zero_config.sub_group_size,
     )
     take_back(inner)
-    kind: type[FlatOptimizer]
-    if stage > 0:
+    kind: Callable[..., FlatOptimizer]
+    if offload is not None:
+        kind = functools.partial(DeepSpeedZeroOptimizer_Stage3, parameter_offload=offload)
+    elif stage > 0:
         kind = DeepSpeedZeroOptimizer
     elif policy.param_dtype == torch.float16:
         kind = FP16_Optimizer

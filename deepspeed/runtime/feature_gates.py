@@ -28,12 +28,10 @@ class Gate:
 
 
 _OFF = "Leave it off."
-_STAGE_3 = "Use stage 2 or lower."
 _NONE = 'Set its device to "none", or leave the section out.'
 
 GATES: tuple[Gate, ...] = (
     # ZeRO
-    Gate("zero_optimization.stage", "ZeRO stage 3", _STAGE_3, allowed=(0, 1, 2)),
     Gate("zero_optimization.offload_param.device", "parameter offload", _NONE),
     Gate("zero_optimization.offload_optimizer.device", "optimizer offload", _NONE),
     Gate("zero_optimization.zero_hpz_partition_size", "ZeRO++ hpZ", allowed=(0, 1)),

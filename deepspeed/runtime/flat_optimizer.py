@@ -35,7 +35,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.utils.tensor_fragment import register_owner, unregister_owner
 
-__all__ = ["FlatOptimizer", "FlatSettings", "take_back"]
+__all__ = ["FlatOptimizer", "FlatSettings", "check_trainable", "take_back"]
 
 # Who holds a torch optimizer now; weak on both sides.
 _wrappers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[FlatOptimizer]] = weakref.WeakKeyDictionary()
@@ -63,9 +63,12 @@ class FlatSettings:
     fail_on_unused: bool = False
     """``ignore_unused_parameters: false``."""
     verify_steps: int = 0
+    sub_group_numel: int = 1_000_000_000
+    """``sub_group_size``: elements of this rank that one tile of the step holds; stage 3."""
 
 
-def _check_trainable(name: str, param: torch.Tensor) -> None:
+def check_trainable(name: str, param: torch.Tensor) -> None:
+    """Raises for parameters that cannot be put into shards."""
     if param.is_meta or not param.is_floating_point() or hasattr(param, "placements"):
         kind = "a DTensor" if hasattr(param, "placements") else f"{param.dtype} on {param.device}"
         raise ValueError(
@@ -123,7 +126,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
         for group_index, group in enumerate(self.optimizer.param_groups):
             trainable = [p for p in group["params"] if p.requires_grad]
             for param in trainable:
-                _check_trainable(names[param], param)
+                check_trainable(names[param], param)
             kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, torch.nn.Parameter]]] = {}
             for param in trainable:
                 dtype = precision.param_dtype or param.dtype
@@ -259,6 +262,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
         self.reducer.begin_backward(fresh=bool(kwargs.get("create_graph")))
         try:
             (loss * self.loss_scale if self.loss_scale != 1.0 else loss).backward(**kwargs)
+            self._backward_returned()
             self.reducer.end_backward()
         except BaseException:
             self.reducer.abort()
@@ -268,6 +272,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
     def end_backward(self) -> None:
         """Closes a plain ``loss.backward()``: what comes next is another micro-batch. Collective if that reduces."""
         self._check_usable()
+        self._backward_returned()
         self.reducer.end_backward()
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -275,6 +280,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
         if closure is not None:
             raise ValueError("closures are not supported: gradients come from engine.backward(loss)")
         self._check_usable()
+        self._backward_returned()
         self.reducer.reduce_rest()
         self.applied = False
         if not self.reducer.has_gradients:
@@ -289,10 +295,28 @@ class FlatOptimizer(DeepSpeedOptimizer):
             self._report_skip()
         else:
             factor = clip_factor(norm, self.settings.gradient_clipping) / self.loss_scale
+            self._before_update()
             self._stepper.update(self.buckets, factor, self._publish)
+            self._after_update()
         self.applied = not self.overflow
         self.reducer.end_window()
         self.loss_scaler.update_scale(self.overflow)
+
+    def _backward_returned(self) -> None:
+        """A backward is over; for stages that keep more than gradients."""
+
+    def _before_update(self) -> None:
+        """The step is about to change the shards."""
+
+    def _after_update(self) -> None:
+        """The shards have changed."""
+
+    def _extra_flags(self) -> list[float]:
+        """Values that travel with the norm, to be summed over the ranks."""
+        return []
+
+    def _take_extra(self, sums: list[float]) -> None:
+        """Gets the sums of :meth:`_extra_flags`."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of the window. ``step`` does this by itself."""
@@ -314,11 +338,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     def _check_usable(self) -> None:
         """Refuses to train what is no longer ours: silently, nothing would reach the model."""
-        if not self._alive:
-            raise RuntimeError(
-                "this engine does not train any more: it was destroyed, or a later deepspeed.initialize took over "
-                "its parameters. Use the later engine"
-            )
+        self._require_alive()
         for bucket in self.buckets:
             base = bucket.weights.data_ptr()
             for slot in bucket.slots:
@@ -329,6 +349,13 @@ class FlatOptimizer(DeepSpeedOptimizer):
                         "assigning .data), so that training would not reach it. Convert the model before initialize, "
                         "and write values in place: param.data.copy_(values)"
                     )
+
+    def _require_alive(self) -> None:
+        if not self._alive:
+            raise RuntimeError(
+                "this engine does not train any more: it was destroyed, or a later deepspeed.initialize took over "
+                "its parameters. Use the later engine"
+            )
 
     def _agree_on_norm(self) -> float:
         """The unscaled global norm, the same float on all ranks; takes late gradients in, refuses unused ones."""
@@ -349,9 +376,10 @@ class FlatOptimizer(DeepSpeedOptimizer):
     def _sum_over_ranks(self) -> tuple[float, bool, bool]:
         square = squared_norm(bucket.grad_shard for bucket in self.buckets)
         unused_here = self.settings.fail_on_unused and bool(self.reducer.unused())
-        flags = torch.tensor([float(self.reducer.late), float(unused_here)], dtype=torch.float64)
+        flags = torch.tensor([float(self.reducer.late), float(unused_here), *self._extra_flags()], dtype=torch.float64)
         packed = torch.cat([square.reshape(1), flags.to(square.device)])
-        total, late, unused = self.transport.sum_scalars(packed).tolist()
+        total, late, unused, *extra = self.transport.sum_scalars(packed).tolist()
+        self._take_extra(extra)
         return total, late > 0, unused > 0
 
     def _publish(self, bucket: Bucket) -> Pending:
@@ -412,7 +440,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
         """Makes the masters follow the model's weights, after someone wrote to those. No communication."""
         for bucket in self.buckets:
             if not bucket.full_precision:
-                source = bucket.weights if self._whole else bucket.slice_of(bucket.weights)
+                source = bucket.weights if self._whole else bucket.own_weights
                 bucket.master.copy_(source)
 
     def publish_weights(self) -> None:
@@ -423,10 +451,17 @@ class FlatOptimizer(DeepSpeedOptimizer):
                     item.copy_(master.detach())
             self._publish(bucket).wait()
 
+    def store_weight(self, slot: Slot, begin: int, values: torch.Tensor) -> None:
+        """Writes elements of a model weight (flat, from ``begin``), as far as this rank holds them."""
+        slot.param.data.view(-1)[begin : begin + values.numel()].copy_(values)
+
+    def weight_written(self, slot: Slot) -> None:
+        """A weight's values were changed from outside: its master follows where they differ."""
+
     def _items(self, bucket: Bucket) -> Sequence[torch.Tensor]:
         if self._whole:
             return [slot.view(bucket.weights) for slot in bucket.slots]
-        return [bucket.slice_of(bucket.weights)]
+        return [bucket.own_weights]
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part in memory layout: masters by bucket, the inner optimizer's state, the scaler."""

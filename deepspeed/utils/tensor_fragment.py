@@ -69,6 +69,14 @@ def unregister_owner(param: torch.nn.Parameter, owner: FlatOptimizer) -> None:
         del _owners[param]
 
 
+def weights_written(param: torch.nn.Parameter) -> None:
+    """Tells the engine that trains the parameter, if any, that somebody changed this rank's shard of it."""
+    known = _owners.get(param)
+    owner, slot = (known[0](), known[1]()) if known is not None else (None, None)
+    if owner is not None and slot is not None:
+        owner.weight_written(slot)
+
+
 def _find(param: torch.nn.Parameter) -> tuple[FlatOptimizer, Slot] | None:
     """Owner and place of a parameter; None for a frozen one, an error for a foreign one."""
     known = _owners.get(param)
@@ -156,7 +164,7 @@ def _set_full(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) -
             begin, at, numel = slot.overlap(owner.transport.rank)
             tensor[at : at + numel].copy_(value.reshape(-1)[begin : begin + numel])
         if key is None:
-            slot.param.data.copy_(value)
+            owner.store_weight(slot, 0, value.reshape(-1))
 
 
 def _set_local(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) -> None:
@@ -175,7 +183,7 @@ def _set_local(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) 
     with torch.no_grad():
         tensor[at : at + numel].copy_(value.reshape(-1))
         if key is None:
-            slot.param.data.view(-1)[begin : begin + numel].copy_(value.reshape(-1))
+            owner.store_weight(slot, begin, value.reshape(-1))
 
 
 def _reduced_bucket(owner: FlatOptimizer, slot: Slot) -> Bucket:

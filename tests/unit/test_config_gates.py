@@ -85,8 +85,8 @@ def test_a_closed_gate_refuses_and_names_the_key(gate):
 
 def test_all_missing_features_are_listed_at_once():
     with pytest.raises(MissingFeatureError) as caught:
-        DeepSpeedConfig({**BASE, "zero_optimization": {"stage": 3}, "wandb": {"enabled": True}})
-    assert "ZeRO stage 3" in str(caught.value) and "wandb.enabled = True" in str(caught.value)
+        DeepSpeedConfig({**BASE, "zero_optimization": {"stage": 1, "zenflow": {}}, "wandb": {"enabled": True}})
+    assert "ZenFlow" in str(caught.value) and "wandb.enabled = True" in str(caught.value)
 
 
 def test_keys_the_pipeline_section_keeps_are_gated_too():

@@ -101,9 +101,13 @@ PUBLIC = {
         "config",
         "estimate",
         "offload_config",
+        "parameter_offload",
         "partition_parameters",
+        "register_external_parameter",
+        "stage3",
         "stage_1_and_2",
         "tiling",
+        "unregister_external_parameter",
     },
     "deepspeed.utils": {
         "RepeatingLoader",

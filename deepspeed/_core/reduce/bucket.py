@@ -138,6 +138,19 @@ class Bucket:
         self.grad_full = buffer
         self.touched.clear()
 
+    @property
+    def own_weights(self) -> torch.Tensor:
+        """This rank's part of the weights, 1-D."""
+        return self.slice_of(self.weights)
+
+    def grad_view(self, position: int) -> torch.Tensor | None:
+        """The slot's gradient as autograd could write it; None if its parts lie apart."""
+        return self.slots[position].view(self.grad_full) if self.grad_full is not None else None
+
+    def write(self, flat: torch.Tensor, position: int, value: torch.Tensor) -> None:
+        """Copies a parameter-shaped value into a full buffer."""
+        self.slots[position].view(flat).copy_(value)
+
     def put(self, position: int, grad: torch.Tensor, scale: float) -> None:
         """Copies (first touch in the window) or adds ``scale * grad`` into the slot."""
         if self.grad_full is None:

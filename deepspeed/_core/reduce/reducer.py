@@ -154,9 +154,9 @@ class GradReducer:
         """Reduces the late contributions of all ranks into the shards. Collective; every rank must call it."""
         for bucket in self._order:
             extra = torch.zeros(bucket.numel, dtype=bucket.comm_dtype, device=bucket.device)
-            for slot in bucket.slots:
+            for position, slot in enumerate(bucket.slots):
                 if id(slot) in self._late and slot.param.grad is not None:
-                    slot.view(extra).copy_(_dense(slot)).mul_(self.policy.pre_scale)
+                    bucket.write(extra, position, _dense(slot).mul(self.policy.pre_scale))
                     slot.param.grad = None
             self.transport.reduce_scatter(
                 extra, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced
@@ -235,7 +235,11 @@ class GradReducer:
             return
         grad = _dense(bucket.slots[position])
         self._ensure_buffer(bucket)
-        view = bucket.slots[position].view(self._full(bucket))
+        view = bucket.grad_view(position)
+        if view is None:
+            bucket.put(position, grad, self.policy.pre_scale)
+            param.grad = None
+            return
         if grad.data_ptr() != view.data_ptr() or grad.dtype != view.dtype or not view.numel():
             bucket.put(position, grad, self.policy.pre_scale)
         elif position not in bucket.touched:

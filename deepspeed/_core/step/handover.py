@@ -59,8 +59,8 @@ def _merge(bucket: Bucket, states: Sequence[Mapping[str, Any]]) -> dict[str, Any
         values = [state.get(key) for state in states]
         if _is_elementwise(key, values, bucket):
             flat = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.device)
-            for slot, value in zip(bucket.slots, values, strict=True):
-                slot.view(flat).copy_(torch.as_tensor(value))
+            for position, value in enumerate(values):
+                bucket.write(flat, position, torch.as_tensor(value))
             merged[key] = bucket.slice_of(flat).clone()
         else:
             merged[key] = first[key]

@@ -56,7 +56,7 @@ class UpdateItem:
 def items_of(bucket: Bucket, *, whole_parameters: bool) -> Iterator[UpdateItem]:
     """The tensors of a bucket that this rank updates: its slice, or (stage 0) every parameter by itself."""
     if not whole_parameters:
-        yield UpdateItem(bucket.master, bucket.grad_shard, bucket.slice_of(bucket.weights))
+        yield UpdateItem(bucket.master, bucket.grad_shard, bucket.own_weights)
         return
     if bucket.grad_full is None:
         raise AssertionError(f"bucket {bucket.index} has no reduced gradient; please report this")

@@ -13,6 +13,8 @@ __getattr__, __dir__ = attach(
         "Init": _PARTITION + "Init",
         "TiledLinear": _TILING + "TiledLinear",
         "TiledLinearReturnBias": _TILING + "TiledLinearReturnBias",
+        "register_external_parameter": _PARTITION + "register_external_parameter",
+        "unregister_external_parameter": _PARTITION + "unregister_external_parameter",
         "ZeroParamStatus": _PARTITION + "ZeroParamStatus",
         "DeepSpeedZeroConfig": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
         "ZeroStageEnum": "deepspeed.runtime.zero.config:ZeroStageEnum",

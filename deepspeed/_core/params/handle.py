@@ -1,0 +1,310 @@
+"""One partitioned parameter: its shard, its whole data while that is needed, and who needs it.
+
+[Note: true shapes] A released parameter's data is one NaN of its own, expanded to the true shape: shape, numel, dtype and
+device are right, reading gives NaN, most in-place writes raise. ``zero_`` and ``fill_`` succeed silently on such a
+tensor, so that the next fetch looks at the NaN and names the parameter that was written while released.
+
+[Note: one storage] Autograd may have saved a view of the whole data in the forward and read it in the backward, after a
+release and another fetch. So a handle keeps one storage for life: released, it is resized to nothing; fetched, it gets
+memory again, and old views see the same values. Whoever reads a view in between reads freed memory: the lifecycle must
+hold a parameter for as long as an operation may want it.
+
+[Note: the source of truth] ``param.ds_tensor`` is this rank's shard, and users may rebind its ``.data``. It is read at each
+fetch; no other buffer shadows it.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from deepspeed._core.params.transport import GatherItem, ParamTransport
+from deepspeed._core.reduce.transport import Pending
+
+__all__ = ["ParamHandle", "ZeroParamStatus", "fetch", "handle_of", "handles_of"]
+
+_ids = itertools.count()
+
+
+class ZeroParamStatus(enum.Enum):
+    """Where the data of a partitioned parameter is."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+def shard_numel_of(numel: int, world_size: int) -> int:
+    """Elements of a rank's shard: the parameter cut into equal pieces, the last one padded."""
+    return -(-numel // world_size)
+
+
+class ParamHandle:
+    """Sole writer of a parameter's ``data`` and ``ds_*`` attributes. Not collective by itself; :func:`fetch` is."""
+
+    def __init__(
+        self, param: torch.nn.Parameter, shard: torch.Tensor, transport: ParamTransport, *, name: str = ""
+    ) -> None:
+        self.id = next(_ids)
+        self.name = name
+        self.transport = transport
+        self.shape = param.shape
+        self.numel = param.numel()
+        self.shard_numel = shard_numel_of(self.numel, transport.world_size)
+        self.persistent = False
+        self.holds: dict[Any, int] = {}
+        """Who needs the data now, with multiplicity; see :meth:`describe`."""
+        self.on_change: Callable[[ParamHandle, bool], None] | None = None
+        """Told when memory for the whole data is taken (True) or given back."""
+        self.secondary: Any = None
+        """hpZ: a shard over a smaller group, see :mod:`deepspeed._core.params.secondary`."""
+        self._param = weakref.ref(param)
+        self._pending: Pending | None = None
+        self._full: torch.Tensor | None = None
+        self._poison: torch.Tensor = torch.empty(0)
+        param.ds_id = self.id  # type: ignore[attr-defined]
+        param.ds_shape = param.shape  # type: ignore[attr-defined]
+        param.ds_numel = self.numel  # type: ignore[attr-defined]
+        param.ds_persist = False  # type: ignore[attr-defined]
+        param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
+        param.ds_process_group = transport.group  # type: ignore[attr-defined]
+        param._ds_handle = self  # type: ignore[attr-defined]
+        self.status = ZeroParamStatus.NOT_AVAILABLE
+        self.adopt(shard)
+
+    # -- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def param(self) -> torch.nn.Parameter:
+        param = self._param()
+        if param is None:
+            raise AssertionError(f"parameter {self.label} is gone, and its handle still in use; please report this")
+        return param
+
+    @property
+    def alive(self) -> bool:
+        return self._param() is not None
+
+    @property
+    def shard(self) -> torch.Tensor:
+        """This rank's part, 1-D, ``shard_numel`` elements; the last rank's end is padding."""
+        return self.param.ds_tensor  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shard.dtype
+
+    @property
+    def label(self) -> str:
+        return self.name or f"#{self.id} of shape {tuple(self.shape)}"
+
+    @property
+    def status(self) -> ZeroParamStatus:
+        return self._status
+
+    @status.setter
+    def status(self, value: ZeroParamStatus) -> None:
+        self._status = value
+        self.param.ds_status = value  # type: ignore[attr-defined]
+
+    @property
+    def available(self) -> bool:
+        return self._status is ZeroParamStatus.AVAILABLE
+
+    @property
+    def in_flight(self) -> bool:
+        return self._status is ZeroParamStatus.INFLIGHT
+
+    @property
+    def own_range(self) -> tuple[int, int]:
+        """``[begin, end)`` of the parameter's elements that this rank's shard holds."""
+        begin = min(self.numel, self.transport.rank * self.shard_numel)
+        return begin, min(self.numel, begin + self.shard_numel)
+
+    def describe(self) -> str:
+        """Status and holds, for reports."""
+        return f"{self.label}: {self._status.name}, held by {[str(h) for h in self.holds] or 'nobody'}"
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def adopt(self, shard: torch.Tensor) -> None:
+        """Takes ``shard`` (1-D, padded; any dtype) as this rank's part and releases the parameter."""
+        if shard.numel() != self.shard_numel or shard.dim() != 1:
+            raise AssertionError(f"shard of {self.label} has shape {tuple(shard.shape)}; please report this")
+        param = self.param
+        with torch.inference_mode(False):
+            shard = shard.detach()
+            shard.ds_numel = shard.numel()  # type: ignore[attr-defined]
+            param.ds_tensor = shard  # type: ignore[attr-defined]
+            poison = float("nan") if shard.is_floating_point() else torch.iinfo(shard.dtype).min
+            if shard.dtype.is_complex:
+                poison = float("nan")
+            self._poison = torch.full((1,), poison, dtype=shard.dtype, device=shard.device)
+            self._full = None
+            if self.transport.world_size > 1:
+                self._full = torch.empty(0, dtype=shard.dtype, device=shard.device)
+                self._full.resize_(self.transport.world_size * self.shard_numel)
+                self._full.untyped_storage().resize_(0)
+        self._pending = None
+        self._hide()
+
+    def _hide(self) -> None:
+        if self.numel == 0:
+            self._show(self.shard)  # nothing to fetch, ever
+            return
+        self.param.data = self._poison.expand(self.shape)
+        self.status = ZeroParamStatus.NOT_AVAILABLE
+
+    def _show(self, whole: torch.Tensor) -> None:
+        self.param.data = whole[: self.numel].view(self.shape)
+        self.status = ZeroParamStatus.AVAILABLE
+
+    @property
+    def full(self) -> torch.Tensor:
+        """The whole data, 1-D and padded, while it is there; writing to it goes past autograd's version counter."""
+        return self.shard if self._full is None else self._full
+
+    def storage_address(self) -> int:
+        """Where the whole data lies now; 0 while released. Views of the parameter have the same."""
+        return self.full.untyped_storage().data_ptr() if self.available and self.numel else 0
+
+    def check_poison(self) -> None:
+        """Raises if somebody wrote to the released parameter, see [Note: true shapes]. Reads one element."""
+        poison = self._poison
+        if poison.device.type != "cpu" or not poison.is_floating_point() or poison.isnan().item():
+            return
+        poison.fill_(float("nan"))
+        raise RuntimeError(
+            f"parameter {self.label} was written to while it was partitioned, and the value is lost: write inside "
+            "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`"
+        )
+
+    def prepare(self) -> GatherItem:
+        """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`."""
+        self.check_poison()
+        shard = self.shard
+        if self.on_change is not None:
+            self.on_change(self, True)
+        if self._full is None:
+            return GatherItem(shard, shard, self.id)
+        self._full.untyped_storage().resize_(self._full.numel() * self._full.element_size())
+        self.status = ZeroParamStatus.INFLIGHT
+        return GatherItem(shard, self._full, self.id)
+
+    def track(self, pending: Pending) -> None:
+        """Notes the gather that brings the data."""
+        self._pending = pending
+        self.status = ZeroParamStatus.INFLIGHT
+
+    def finish(self) -> None:
+        """Waits for the gather; the parameter is available afterwards. Idempotent."""
+        if self._status is ZeroParamStatus.INFLIGHT:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                pending.wait()
+            self._show(self.full)
+
+    def allocate(self) -> torch.Tensor:
+        """Whole data with unknown content, without communication: for someone who fills all of it. Returns ``full``."""
+        if self._status is ZeroParamStatus.NOT_AVAILABLE:
+            self.prepare()
+            self._show(self.full)
+        return self.full
+
+    def detach_copy(self) -> None:
+        """Makes the available data a copy, where it is the shard itself (world size 1), so that edits get lost."""
+        if self._full is None and self.available:
+            self.param.data = self.param.data.clone()
+
+    def write_back(self) -> None:
+        """Takes this rank's part of the whole data into the shard. No communication."""
+        if not self.available:
+            raise AssertionError(f"write_back of released {self.label}; please report this")
+        flat, shard = self.param.data.detach().reshape(-1), self.shard
+        if flat.numel() != self.numel:
+            raise ValueError(
+                f"parameter {self.label} of shape {tuple(self.shape)} was given data of shape "
+                f"{tuple(self.param.data.shape)} while gathered: a partitioned parameter keeps its shape. Put a new "
+                "parameter into the module instead"
+            )
+        begin, end = self.own_range
+        if flat.data_ptr() != shard.data_ptr():
+            shard[: end - begin].copy_(flat[begin:end])
+
+    def release(self) -> None:
+        """Frees the whole data, whoever holds it. Waits for a gather in flight. Idempotent."""
+        if self._status is ZeroParamStatus.NOT_AVAILABLE or not self.numel:
+            return
+        self.finish()
+        if self.on_change is not None:
+            self.on_change(self, False)
+        self._hide()
+        if self._full is not None:
+            self._full.untyped_storage().resize_(0)
+
+    def dissolve(self) -> None:
+        """Makes the parameter an ordinary, whole one again. It must be available."""
+        if not self.available:
+            raise AssertionError(f"dissolving {self.label}, which is not whole; please report this")
+        param = self.param
+        param.data = param.data.clone()
+        for name in [n for n in vars(param) if n.startswith("ds_")]:
+            delattr(param, name)
+        for name in ("_ds_handle", "__deepcopy__", *_METHODS):
+            vars(param).pop(name, None)
+
+
+# Names that partition_parameters puts on parameters besides ds_*.
+_METHODS = (
+    "all_gather",
+    "all_gather_coalesced",
+    "partition",
+    "partition_numel",
+    "padding_size",
+    "aligned_size",
+    "item",
+)
+
+
+def handle_of(tensor: Any) -> ParamHandle | None:
+    """The handle of a partitioned parameter; None for anything else."""
+    handle: ParamHandle | None = getattr(tensor, "_ds_handle", None)
+    return handle
+
+
+def handles_of(tensors: Iterable[Any]) -> list[ParamHandle]:
+    """Handles of the partitioned ones among ``tensors``, each once, in order."""
+    found: dict[int, ParamHandle] = {}
+    for tensor in tensors:
+        handle = handle_of(tensor)
+        if handle is not None:
+            found.setdefault(handle.id, handle)
+    return list(found.values())
+
+
+def fetch(handles: Sequence[ParamHandle]) -> int:
+    """Starts gathering the released ones, together; returns their elements. Collective.
+
+    Wait with :meth:`ParamHandle.finish`. Handles over different groups are gathered group by group.
+    """
+    wanted = [h for h in handles if h._status is ZeroParamStatus.NOT_AVAILABLE]
+    groups: dict[int, list[ParamHandle]] = {}
+    for handle in wanted:
+        groups.setdefault(id(handle.transport), []).append(handle)
+    for members in groups.values():
+        items = [handle.prepare() for handle in members]
+        try:
+            pending = members[0].transport.gather(items)
+        except BaseException:
+            for handle in members:
+                handle._status = ZeroParamStatus.AVAILABLE
+                handle.release()
+            raise
+        for handle in members:
+            handle.track(pending)
+    return sum(handle.numel for handle in wanted)

@@ -1,0 +1,181 @@
+"""ZeRO-3: gradients, optimizer states and parameters partitioned.
+
+Buckets hold a piece of each of their parameters (:mod:`deepspeed._core.params.bucket`); the parameters' comings and goings
+are the coordinator's (:mod:`deepspeed._core.params.lifecycle`). Everything else is as in stages 1 and 2.
+
+Source: ZeRO (Rajbhandari et al. 2020) section 5.3; the ZeRO chapter of the API documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from deepspeed._core.params.bucket import ShardBucket, plan_shard_buckets
+from deepspeed._core.params.handle import ParamHandle, handle_of
+from deepspeed._core.reduce.bucket import Bucket, Slot
+from deepspeed._core.reduce.transport import Pending
+from deepspeed.runtime.flat_optimizer import FlatOptimizer, check_trainable
+from deepspeed.runtime.zero.estimate import (
+    estimate_zero3_model_states_mem_needs,
+    estimate_zero3_model_states_mem_needs_all_cold,
+    estimate_zero3_model_states_mem_needs_all_live,
+)
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+__all__ = [
+    "DeepSpeedZeroOptimizer_Stage3",
+    "estimate_zero3_model_states_mem_needs",
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "estimate_zero3_model_states_mem_needs_all_live",
+]
+
+
+class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
+    """ZeRO stage 3 around a torch optimizer, whose groups hold this rank's fp32 shards."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *args: Any, parameter_offload: DeepSpeedZeRoOffload, **kwargs: Any
+    ) -> None:
+        self.parameter_offload = parameter_offload
+        super().__init__(optimizer, *args, **kwargs)
+
+    # -- construction ------------------------------------------------------------------------------------------------
+
+    def _make_buckets(self, names: Mapping[torch.nn.Parameter, str], device: torch.device) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        precision, settings = self.settings.precision, self.settings
+        for group_index, group in enumerate(self.optimizer.param_groups):
+            kinds: dict[tuple[torch.dtype, torch.dtype], list[ParamHandle]] = {}
+            for param in group["params"]:
+                if not param.requires_grad:
+                    continue
+                check_trainable(names[param], param)
+                handle = handle_of(param)
+                if handle is None:
+                    raise ValueError(
+                        f"parameter {names[param]} of optimizer group {group_index} is not in the model: ZeRO-3 trains "
+                        "parameters that it has partitioned. Make it a part of the model"
+                    )
+                handle.name = names[param]
+                dtype = precision.param_dtype or param.dtype
+                kinds.setdefault((dtype, precision.comm_dtype_of(names[param], dtype)), []).append(handle)
+            for (dtype, comm_dtype), handles in kinds.items():
+                plans = plan_shard_buckets(
+                    handles, limit_numel=settings.bucket_numel, shard_limit_numel=max(1, settings.sub_group_numel)
+                )
+                for members in plans:
+                    bucket = ShardBucket(
+                        len(buckets),
+                        group_index,
+                        [(handles[i].name, handles[i].param) for i in members],
+                        rank=self.transport.rank,
+                        world_size=self.transport.world_size,
+                        weight_dtype=dtype,
+                        comm_dtype=comm_dtype,
+                        accum_dtype=precision.accum_dtype_of(dtype),
+                        device=device,
+                    )
+                    bucket.adopt_shards()
+                    buckets.append(bucket)
+        return buckets
+
+    # -- what users and clients read ---------------------------------------------------------------------------------
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """The fp32 masters that this rank updates, 1-D, one a bucket."""
+        return [bucket.master for bucket in self.buckets]
+
+    @property
+    def fp16_partitioned_groups(self) -> list[list[torch.Tensor]]:
+        """This rank's weight shards, by optimizer group."""
+        groups: list[list[torch.Tensor]] = [[] for _ in self.optimizer.param_groups]
+        for bucket in self.buckets:
+            groups[bucket.group_index] += [slot.param.ds_tensor for slot in bucket.slots]  # type: ignore[attr-defined]
+        return groups
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        coordinator = self.parameter_offload.coordinator
+        try:
+            super().backward(loss, **kwargs)
+        except BaseException:
+            coordinator.abort()
+            raise
+
+    def _backward_returned(self) -> None:
+        self.parameter_offload.coordinator.end_backward()
+
+    def _before_update(self) -> None:
+        self.parameter_offload.coordinator.end_backward()
+        self.parameter_offload.coordinator.release_all()
+
+    def _after_update(self) -> None:
+        self.parameter_offload.coordinator.refresh_persistent()
+
+    def _extra_flags(self) -> list[float]:
+        coordinator = self.parameter_offload.coordinator
+        flag, coordinator.deviated = float(coordinator.deviated), False
+        return [flag]
+
+    def _take_extra(self, sums: list[float]) -> None:
+        if sums[0] == self.transport.world_size:
+            self.parameter_offload.coordinator.forget_plan()
+
+    def _publish(self, bucket: Bucket) -> Pending:
+        return Pending()
+
+    def _check_usable(self) -> None:
+        self._require_alive()
+        for bucket in self.buckets:
+            if isinstance(bucket, ShardBucket):
+                bucket.settle_rebound()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def refresh_master(self) -> None:
+        for bucket in self.buckets:
+            if not bucket.full_precision:
+                bucket.master.copy_(bucket.weights)
+
+    def publish_weights(self) -> None:
+        coordinator = self.parameter_offload.coordinator
+        coordinator.release_all()
+        for bucket in self.buckets:
+            if not bucket.full_precision:
+                bucket.weights.copy_(bucket.master)
+        coordinator.refresh_persistent()
+
+    def store_weight(self, slot: Slot, begin: int, values: torch.Tensor) -> None:
+        handle = handle_of(slot.param)
+        if handle is None:
+            raise AssertionError(f"{slot.name} is not partitioned; please report this")
+        own_begin, own_end = handle.own_range
+        low, high = max(begin, own_begin), min(begin + values.numel(), own_end)
+        if low < high:
+            handle.shard[low - own_begin : high - own_begin].copy_(values[low - begin : high - begin])
+        if handle.available:
+            slot.param.data.view(-1)[begin : begin + values.numel()].copy_(values)
+
+    def weight_written(self, slot: Slot) -> None:
+        """Takes changed elements of a weight's shard into its master; others keep their precision."""
+        bucket = slot.bucket
+        if bucket.full_precision:
+            return
+        _, at, numel = slot.overlap(self.transport.rank)
+        new = slot.param.ds_tensor[:numel]  # type: ignore[attr-defined]
+        master = bucket.master[at : at + numel]
+        changed = master.to(new.dtype) != new
+        master.copy_(torch.where(changed, new.to(master.dtype), master))
+
+    def destroy(self) -> None:
+        super().destroy()
+        self.parameter_offload.destroy()
+
+    def empty_partition_cache(self) -> None:
+        """Releases all gathered parameters."""
+        self.parameter_offload.empty_partition_cache()
