@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from .._core.compat import all_gather_flat, reduce_scatter_flat
 from ..accelerator import get_accelerator
+from . import doctor
 from .hooks import observed
 
 ReduceOp = dist.ReduceOp
@@ -30,8 +31,9 @@ class Works:
         self._works = [work for work in works if work is not None]
 
     def wait(self) -> bool:
-        for work in self._works:
-            work.wait()
+        with doctor.waiting("wait"):
+            for work in self._works:
+                work.wait()
         return True
 
     def is_completed(self) -> bool:
@@ -105,6 +107,8 @@ def new_group(ranks: Sequence[int] | None = None, *args: Any, **kwargs: Any) -> 
 
 def destroy_process_group(group: Any = None) -> None:
     """Ends the group; without one, all groups."""
+    if group is None or group is dist.group.WORLD:
+        doctor.stop(everyone=True)
     dist.destroy_process_group(group)
 
 

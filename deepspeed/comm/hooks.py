@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from .doctor import record
+
 __all__ = ["CommEvent", "CommHook", "comm_hook", "observe", "observed", "set_comm_hook"]
 
 
@@ -77,21 +79,26 @@ def observe() -> Iterator[list[CommEvent]]:
 
 
 def observed(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes a communication function announce itself to the hook."""
+    """Makes a communication function announce itself to the hook, and to the hang doctor's record."""
     signature = inspect.signature(function)
+    place = list(signature.parameters).index("group") if "group" in signature.parameters else len(signature.parameters)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        hook = _slot.hook
-        if hook is None:
+        hook, watched = _slot.hook, record.now.on
+        if hook is None and not watched:
             return function(*args, **kwargs)
-        arguments = signature.bind(*args, **kwargs).arguments
-        nbytes = max((_nbytes(value) for value in arguments.values()), default=0)
-        done = hook(CommEvent(function.__name__, nbytes, arguments.get("group")))
-        result = function(*args, **kwargs)
-        if done is not None:
-            done(result)
-        return result
+        group = args[place] if len(args) > place else kwargs.get("group")
+        with record.operation(function.__name__, args, group) if watched else contextlib.nullcontext():
+            if hook is None:
+                return function(*args, **kwargs)
+            arguments = signature.bind(*args, **kwargs).arguments
+            nbytes = max((_nbytes(value) for value in arguments.values()), default=0)
+            done = hook(CommEvent(function.__name__, nbytes, arguments.get("group")))
+            result = function(*args, **kwargs)
+            if done is not None:
+                done(result)
+            return result
 
     return call
 

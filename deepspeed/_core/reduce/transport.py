@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 
 from deepspeed import comm as dist
 from deepspeed._core import compat
+from deepspeed.comm import doctor
 
 __all__ = ["Pending", "Transport", "make_transport"]
 
@@ -25,27 +27,45 @@ _TAG_GATHER, _TAG_SCATTER, _TAG_COUNT = 7100, 7101, 1000
 
 
 class Pending:
-    """Work in flight together with what must outlive it. ``wait`` is idempotent."""
+    """Work in flight together with what must outlive it. ``wait`` is idempotent.
+
+    ``op``, ``nbytes`` and ``group`` tell the hang doctor that and for what ``wait`` waits; so leave them out where
+    ``finish`` does more than communicate (reads a file, say), since then this rank may be the slow one.
+    """
 
     def __init__(
         self,
         works: Sequence[torch_dist.Work | None] = (),
         keep_alive: Sequence[torch.Tensor] = (),
         finish: Callable[[], None] | None = None,
+        *,
+        op: str = "",
+        nbytes: int = 0,
+        group: torch_dist.ProcessGroup | None = None,
     ) -> None:
         self._works = [work for work in works if work is not None]
         self._keep_alive = list(keep_alive)
         self._finish = finish
+        self._what = (op, nbytes, group)
 
     def wait(self) -> None:
         """Returns when the result may be used on the current stream."""
+        op, nbytes, group = self._what
+        if op and (self._works or self._finish is not None):
+            with doctor.waiting(op, nbytes=nbytes, group=group):
+                self._complete()
+        else:
+            self._complete()
+        self._keep_alive = []
+
+    def _complete(self) -> None:
         works, self._works = self._works, []
         for work in works:
             work.wait()
+            doctor.now.moves += 1
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
-        self._keep_alive = []
 
 
 class Transport(abc.ABC):
@@ -74,7 +94,7 @@ class Transport(abc.ABC):
     def all_reduce(self, full: torch.Tensor, *, scale: float, eager: bool = False) -> Pending:
         """``full = scale * sum over ranks``, in place, in ``full``'s dtype."""
         work = dist.all_reduce(full, group=self.group, async_op=True)
-        return Pending([work], [full], lambda: _scale_(full, scale))
+        return Pending([work], [full], lambda: _scale_(full, scale), **self._what("all_reduce", full))
 
     def broadcast_slices(self, full: torch.Tensor) -> Pending:
         """As :meth:`all_gather`, by one broadcast a rank (``allgather_partitions: false``)."""
@@ -83,7 +103,7 @@ class Transport(abc.ABC):
             dist.broadcast(slices[r], src=self.global_rank(r), group=self.group, async_op=True)
             for r in range(self.world_size)
         ]
-        return Pending(works, [full])
+        return Pending(works, [full], **self._what("broadcast", full))
 
     def sum_scalars(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a small tensor over the ranks, in place, and returns it."""
@@ -94,6 +114,10 @@ class Transport(abc.ABC):
     def global_rank(self, rank: int) -> int:
         """The global rank of ``rank`` of this group."""
         return rank if self.group is None else torch_dist.get_global_rank(self.group, rank)
+
+    def _what(self, op: str, full: torch.Tensor) -> dict[str, Any]:
+        """The operation as the hang doctor names it, whatever messages it is made of."""
+        return {"op": op, "nbytes": full.numel() * full.element_size(), "group": self.group}
 
 
 class _Alone(Transport):
@@ -158,19 +182,23 @@ class _PointToPoint(Transport):
                 _sum_into(out[low:high], slices[self.rank, low:high], received, scale=scale, accumulate=accumulate)
                 self._free[(scratch.dtype, scratch.shape[1])].append(scratch)
 
-        for _ in pieces if eager else pieces[:1]:
-            post()
-        return Pending(finish=finish, keep_alive=[full, out])
+        what = self._what("reduce_scatter", full)
+        with doctor.collective(**what):
+            for _ in pieces if eager else pieces[:1]:
+                post()
+        return Pending(finish=finish, keep_alive=[full, out], **what)
 
     def all_gather(self, full: torch.Tensor, *, limit_numel: int) -> Pending:
         slices = full.view(self.world_size, -1)
         step = max(1, limit_numel // self.world_size)
         works = []
-        for low in range(0, slices.shape[1], step):
-            part = slices[:, low : low + step]
-            works += [dist.irecv(part[rank], src, group=self.group, tag=_TAG_GATHER) for rank, src in self._peers]
-            works += [dist.isend(part[self.rank], dst, group=self.group, tag=_TAG_GATHER) for _, dst in self._peers]
-        return Pending(works, [full])
+        what = self._what("all_gather", full)
+        with doctor.collective(**what):
+            for low in range(0, slices.shape[1], step):
+                part = slices[:, low : low + step]
+                works += [dist.irecv(part[rank], src, group=self.group, tag=_TAG_GATHER) for rank, src in self._peers]
+                works += [dist.isend(part[self.rank], dst, group=self.group, tag=_TAG_GATHER) for _, dst in self._peers]
+        return Pending(works, [full], **what)
 
     def all_reduce(self, full: torch.Tensor, *, scale: float, eager: bool = False) -> Pending:
         own = full.view(self.world_size, -1)[self.rank]
@@ -180,7 +208,7 @@ class _PointToPoint(Transport):
             scatter.wait()
             self.all_gather(full, limit_numel=full.numel()).wait()
 
-        return Pending(finish=finish, keep_alive=[full])
+        return Pending(finish=finish, keep_alive=[full], **self._what("all_reduce", full))
 
     def _borrow(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
         free = self._free.setdefault((dtype, numel), [])
@@ -195,7 +223,9 @@ class _Native(Transport):
     ) -> Pending:
         direct = out.dtype == full.dtype and not accumulate
         received = out if direct else torch.empty(out.numel(), dtype=full.dtype, device=full.device)
-        work = compat.reduce_scatter_flat(received, full, group=self.group, async_op=True)
+        what = self._what("reduce_scatter", full)
+        with doctor.collective(**what):
+            work = compat.reduce_scatter_flat(received, full, group=self.group, async_op=True)
 
         def finish() -> None:
             if direct:
@@ -203,13 +233,16 @@ class _Native(Transport):
             else:
                 _take(received, out, scale=scale, accumulate=accumulate)
 
-        return Pending([work], [full, received], finish)
+        return Pending([work], [full, received], finish, **what)
 
     def all_gather(self, full: torch.Tensor, *, limit_numel: int) -> Pending:
         own = full.view(self.world_size, -1)[self.rank]
         # An in-place gather moves the whole buffer in one call; pieces would need a strided copy, so the limit
         # bounds buckets at construction instead.
-        return Pending([compat.all_gather_flat(full, own, group=self.group, async_op=True)], [full])
+        what = self._what("all_gather", full)
+        with doctor.collective(**what):
+            work = compat.all_gather_flat(full, own, group=self.group, async_op=True)
+        return Pending([work], [full], **what)
 
 
 def make_transport(group: torch_dist.ProcessGroup | None, device: torch.device) -> Transport:

@@ -1,0 +1,162 @@
+"""How this rank looks, and how the others look from here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from . import evidence
+from .record import now
+from .verdict import Sight, State, Status
+
+__all__ = ["OthersView", "OwnView"]
+
+#: Growth of the TCP counters between two looks that counts as a move; less may be a logger's or a tracker's.
+_MOVED_NBYTES = 1 << 16
+
+
+class OwnView:
+    """What can be seen of the thread that makes this object; looked at from the doctor's thread."""
+
+    def __init__(self, except_port: int | None) -> None:
+        self.rank = dist.get_rank()
+        self.thread = threading.get_ident()
+        self.host, self.pid = evidence.host_id(), os.getpid()
+        self._birth = evidence.birth_of(self.pid)
+        self._world, self._except_port = dist.group.WORLD, except_port
+        #: When a wait last ended, and when anything at all moved.
+        self.communicated_at_s = self.moved_at_s = time.monotonic()
+        #: Marks seen up to the last look.
+        self.marks = 0
+        self._beat = -1
+        self._moves = 0
+        self._sure = True
+        self._position = 0
+        self._nbytes: int | None = None
+        self._unmarked, self._unmarked_since_s = ("", 0), self.moved_at_s
+
+    def look(self, clock_s: float, closely: bool) -> bool:
+        """Notices moves since the last look and says whether a wait has ended; ``closely``: asks the system, too."""
+        communicated = now.moves != self.marks
+        moved = communicated
+        if communicated:
+            self.marks, self.communicated_at_s = now.moves, clock_s
+        position = evidence.position_of(self.thread)
+        if closely:
+            nbytes = evidence.tcp_nbytes(self._except_port)
+            self._sure = nbytes is not None
+            if nbytes is not None and self._nbytes is not None:
+                moved |= nbytes >= self._nbytes + _MOVED_NBYTES
+            self._nbytes = nbytes
+            moved |= position != self._position
+        else:
+            self._nbytes = None
+        self._position = position
+        if moved:
+            self._moves, self.moved_at_s = self._moves + 1, clock_s
+        unmarked = (evidence.torch_operation(self.thread), position)
+        if unmarked != self._unmarked:
+            self._unmarked, self._unmarked_since_s = unmarked, clock_s
+        return communicated
+
+    def status(self, **said: Any) -> Status:
+        """This rank's next word about itself; ``said`` goes before what is seen."""
+        self._beat += 1
+        clock_s, waits = time.monotonic(), list(now.waits)
+        status = Status(
+            self.rank,
+            step=now.step,
+            phase=now.phase,
+            module=now.module,
+            parameter=now.parameter,
+            op=now.op,
+            nbytes=now.nbytes,
+            count=now.count,
+            moves=self._moves,
+            sure=self._sure,
+            beat=self._beat,
+            host=self.host,
+            pid=self.pid,
+            birth=self._birth,
+        )
+        if waits:
+            first, last = waits[0], waits[-1]
+            inside = f"now {last.op}" if last.op != first.op else ""
+            status = dataclasses.replace(
+                status,
+                state=State.WAITING,
+                waits_for=first.op,
+                detail=", ".join(filter(None, (first.detail, inside))),
+                group=self._ranks(first.group),
+                waited_s=clock_s - max(first.since_s, self.communicated_at_s),
+            )
+        elif self._unmarked[0]:
+            # A call of torch.distributed that nobody marked.
+            waited_s = clock_s - self._unmarked_since_s
+            status = dataclasses.replace(status, state=State.WAITING, waits_for=self._unmarked[0], waited_s=waited_s)
+        return dataclasses.replace(status, **said)
+
+    def sight(self, status: Status) -> Sight:
+        return Sight(status, unmoved_s=time.monotonic() - self.moved_at_s)
+
+    def _ranks(self, group: Any) -> tuple[int, ...]:
+        """World ranks of the group, empty for the world."""
+        if group is None or group is self._world:
+            return ()
+        return tuple(dist.get_process_group_ranks(group))
+
+
+@dataclasses.dataclass
+class _Track:
+    """When a word of another rank was fresh, and when it last showed a move; on this process's clock."""
+
+    first_beat: int
+    beat: int = -1
+    moves: int = -1
+    fresh_at_s: float = 0.0
+    moved_at_s: float = 0.0
+
+
+class OthersView:
+    """What the other ranks' words show over time."""
+
+    def __init__(self, own: OwnView) -> None:
+        self._own = own
+        self._tracks: dict[int, _Track] = {}
+
+    def forget(self) -> None:
+        """Words of an earlier alarm say nothing about now."""
+        self._tracks.clear()
+
+    def see(self, words: dict[int, Status], own: Status) -> dict[int, Sight]:
+        """All ranks that ever left a word, in order; this one as it says of itself."""
+        clock_s = time.monotonic()
+        sights = {}
+        for rank, status in sorted((words | {self._own.rank: own}).items()):
+            if rank == self._own.rank:
+                sights[rank] = self._own.sight(own)
+                continue
+            track = self._tracks.setdefault(rank, _Track(status.beat))
+            if status.beat != track.beat:
+                track.beat, track.fresh_at_s = status.beat, clock_s
+                if status.moves != track.moves:
+                    track.moves, track.moved_at_s = status.moves, clock_s
+            if self._is_gone(status):
+                ended = State.FINISHED if status.state is State.STOPPED else State.GONE
+                status = dataclasses.replace(status, state=ended)
+            sights[rank] = Sight(
+                status,
+                unmoved_s=track.fresh_at_s - track.moved_at_s,
+                silent_s=clock_s - track.fresh_at_s,
+                fresh=track.beat != track.first_beat,
+            )
+        return sights
+
+    def _is_gone(self, status: Status) -> bool:
+        here = status.host == self._own.host and not status.state.final
+        return here and evidence.is_gone(status.pid, status.birth)
