@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, parti
 from deepspeed.runtime.zero.partition_parameters import is_zero_param, unpartition
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.topology import is_quantised
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
@@ -266,7 +267,11 @@ def make_flat_optimizer(
     take_back(inner)
     kind: Callable[..., FlatOptimizer]
     if offload is not None:
-        kind = functools.partial(DeepSpeedZeroOptimizer_Stage3, parameter_offload=offload)
+        if config.verify_gradients and is_quantised(offload.topology.reduce):
+            raise ConfigError("verify_gradients compares exactly, and zero_quantized_gradients rounds: use one of them")
+        kind = functools.partial(
+            DeepSpeedZeroOptimizer_Stage3, parameter_offload=offload, transport=offload.topology.reduce
+        )
     elif stage > 0:
         kind = DeepSpeedZeroOptimizer
     elif policy.param_dtype == torch.float16:

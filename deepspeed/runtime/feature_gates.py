@@ -34,13 +34,6 @@ GATES: tuple[Gate, ...] = (
     # ZeRO
     Gate("zero_optimization.offload_param.device", "parameter offload", _NONE),
     Gate("zero_optimization.offload_optimizer.device", "optimizer offload", _NONE),
-    Gate("zero_optimization.zero_hpz_partition_size", "ZeRO++ hpZ", allowed=(0, 1)),
-    Gate("zero_optimization.zero_quantized_weights", "ZeRO++ quantised weights", _OFF),
-    Gate("zero_optimization.zero_quantized_nontrainable_weights", "ZeRO++ quantised frozen weights", _OFF),
-    Gate("zero_optimization.zero_quantized_gradients", "ZeRO++ quantised gradients", _OFF),
-    Gate("zero_optimization.zeropp_loco_param", "LoCo error feedback"),
-    Gate("zero_optimization.mics_shard_size", "MiCS"),
-    Gate("zero_optimization.mics_hierarchical_params_gather", "MiCS", _OFF),
     Gate("zero_optimization.zenflow", "ZenFlow"),
     # Precision and gradients
     Gate("fp16.fp16_master_weights_and_grads", "fp16 master weights", _OFF),
@@ -117,6 +110,13 @@ _STAGE_3_KEYS = (
     "leaf_module",
     "allgather_sequential",
     "save_muon_momentum_buffer_in_memory",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "zeropp_loco_param",
+    "mics_shard_size",
+    "mics_hierarchical_params_gather",
 )
 
 

@@ -94,11 +94,12 @@ class FlatOptimizer(DeepSpeedOptimizer):
         group: torch.distributed.ProcessGroup | None,
         loss_scaler: LossScalerBase | None = None,
         reduce_now: Callable[[], bool] = lambda: True,
+        transport: Transport | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.settings = settings
         self.dp_process_group = group
-        self.transport: Transport = make_transport(group, device)
+        self.transport: Transport = transport if transport is not None else make_transport(group, device)
         self.loss_scaler = loss_scaler or LossScaler(1.0)
         self.overflow = False
         self.applied = False

@@ -94,6 +94,7 @@ PUBLIC = {
         "DeepSpeedZeroConfig",
         "GatheredParameters",
         "Init",
+        "MiCS_Init",
         "TiledLinear",
         "TiledLinearReturnBias",
         "ZeroParamStatus",
@@ -107,6 +108,7 @@ PUBLIC = {
         "stage3",
         "stage_1_and_2",
         "tiling",
+        "topology",
         "unregister_external_parameter",
     },
     "deepspeed.utils": {

@@ -82,6 +82,7 @@ class QuantisedGather(ParamTransport):
         super().__init__(transport.group)
         self.plain = transport
         """The wrapped transport, for what must be exact."""
+        self.lossy = quantise
         self.quantise = quantise
         self.form = form
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from deepspeed._core.params.compress import PackedItem, QuantisedShard, SecondaryShards
 from deepspeed._core.params.transport import GatherItem, ParamTransport
 from deepspeed._core.reduce.transport import Pending
 
@@ -61,11 +62,16 @@ class ParamHandle:
         """Who needs the data now, with multiplicity; see :meth:`describe`."""
         self.on_change: Callable[[ParamHandle, bool], None] | None = None
         """Told when memory for the whole data is taken (True) or given back."""
-        self.secondary: Any = None
-        """hpZ: a shard over a smaller group, see :mod:`deepspeed._core.params.secondary`."""
+        self.on_write: Callable[[ParamHandle], None] | None = None
+        """Told when somebody other than the optimizer writes to the shard."""
+        self.exact = True
+        """Whether the whole data, while it is there, has every bit of the shards."""
+        self.packed: QuantisedShard | None = None
+        """Holds the shard in 8 bits, in the place of ``ds_tensor``."""
         self._param = weakref.ref(param)
         self._pending: Pending | None = None
         self._full: torch.Tensor | None = None
+        self._alone: torch.Tensor | None = None
         self._poison: torch.Tensor = torch.empty(0)
         param.ds_id = self.id  # type: ignore[attr-defined]
         param.ds_shape = param.shape  # type: ignore[attr-defined]
@@ -92,12 +98,44 @@ class ParamHandle:
 
     @property
     def shard(self) -> torch.Tensor:
-        """This rank's part, 1-D, ``shard_numel`` elements; the last rank's end is padding."""
+        """This rank's part, 1-D, ``shard_numel`` elements; the last rank's end is padding. A copy if it is packed."""
+        if self.packed is not None:
+            out = torch.empty(self.shard_numel, dtype=self.packed.dtype, device=self.packed.packed.device)
+            return self.packed.dequantise_into(out)
         return self.param.ds_tensor  # type: ignore[attr-defined,no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.shard.dtype
+        return self.packed.dtype if self.packed is not None else self.shard.dtype
+
+    def store(self, values: torch.Tensor, begin: int = 0) -> None:
+        """Writes elements of the shard, from ``begin``."""
+        self.written()
+        if self.packed is None:
+            target = self.shard[begin : begin + values.numel()]
+            if target.data_ptr() != values.data_ptr():
+                target.copy_(values)
+            return
+        shard = self.shard
+        shard[begin : begin + values.numel()].copy_(values)
+        self.pack(shard)
+
+    def written(self) -> None:
+        """Says that the shard has changed."""
+        if self.on_write is not None:
+            self.on_write(self)
+
+    def refine(self) -> None:
+        """Gathers available data again with all bits, if it has lost some on the way. Collective."""
+        if self.available and not self.exact and self.packed is None:
+            self.transport.plain.gather([GatherItem(self.shard, self.full, self.id)]).wait()
+            self.exact = True
+
+    def pack(self, shard: torch.Tensor) -> None:
+        """Keeps ``shard`` in 8-bit blocks from now on; ``ds_tensor`` is their bytes."""
+        self.packed = QuantisedShard(shard)
+        self.packed.packed.ds_numel = shard.numel()  # type: ignore[attr-defined]
+        self.param.ds_tensor = self.packed.packed  # type: ignore[attr-defined]
 
     @property
     def label(self) -> str:
@@ -151,6 +189,7 @@ class ParamHandle:
                 self._full.resize_(self.transport.world_size * self.shard_numel)
                 self._full.untyped_storage().resize_(0)
         self._pending = None
+        self.packed = None
         self._hide()
 
     def _hide(self) -> None:
@@ -167,7 +206,9 @@ class ParamHandle:
     @property
     def full(self) -> torch.Tensor:
         """The whole data, 1-D and padded, while it is there; writing to it goes past autograd's version counter."""
-        return self.shard if self._full is None else self._full
+        if self._full is not None:
+            return self._full
+        return self._alone if self.packed is not None and self._alone is not None else self.shard
 
     def storage_address(self) -> int:
         """Where the whole data lies now; 0 while released. Views of the parameter have the same."""
@@ -184,12 +225,19 @@ class ParamHandle:
             "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`"
         )
 
-    def prepare(self) -> GatherItem:
+    def prepare(self) -> GatherItem | PackedItem:
         """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`."""
         self.check_poison()
-        shard = self.shard
         if self.on_change is not None:
             self.on_change(self, True)
+        if self.packed is not None:
+            if self._full is None:
+                self._alone = self.shard
+                return GatherItem(self._alone, self._alone, self.id)
+            self._full.untyped_storage().resize_(self._full.numel() * self._full.element_size())
+            self.status = ZeroParamStatus.INFLIGHT
+            return PackedItem(self.packed, self._full, self.id)
+        shard = self.shard
         if self._full is None:
             return GatherItem(shard, shard, self.id)
         self._full.untyped_storage().resize_(self._full.numel() * self._full.element_size())
@@ -234,7 +282,7 @@ class ParamHandle:
             )
         begin, end = self.own_range
         if flat.data_ptr() != shard.data_ptr():
-            shard[: end - begin].copy_(flat[begin:end])
+            self.store(flat[begin:end])
 
     def release(self) -> None:
         """Frees the whole data, whoever holds it. Waits for a gather in flight. Idempotent."""
@@ -244,6 +292,7 @@ class ParamHandle:
         if self.on_change is not None:
             self.on_change(self, False)
         self._hide()
+        self._alone = None
         if self._full is not None:
             self._full.untyped_storage().resize_(0)
 
@@ -287,24 +336,38 @@ def handles_of(tensors: Iterable[Any]) -> list[ParamHandle]:
     return list(found.values())
 
 
-def fetch(handles: Sequence[ParamHandle]) -> int:
+def fetch(handles: Sequence[ParamHandle], *, exact: bool = False, secondary: SecondaryShards | None = None) -> int:
     """Starts gathering the released ones, together; returns their elements. Collective.
 
-    Wait with :meth:`ParamHandle.finish`. Handles over different groups are gathered group by group.
+    Wait with :meth:`ParamHandle.finish`. Handles over different groups are gathered group by group. ``exact``: with all
+    bits, whatever the transport; ``secondary``: from these copies (hpZ), where they are.
     """
     wanted = [h for h in handles if h._status is ZeroParamStatus.NOT_AVAILABLE]
-    groups: dict[int, list[ParamHandle]] = {}
+    total = sum(handle.numel for handle in wanted)
+    if secondary is not None and not exact:
+        near = [handle for handle in wanted if handle.id in secondary]
+        if near:
+            wanted = [handle for handle in wanted if handle.id not in secondary]
+            _start(near, exact, lambda _: secondary.gather([(h.id, h.full, h.id) for h in near]))
+    groups: dict[tuple[int, bool], list[ParamHandle]] = {}
     for handle in wanted:
-        groups.setdefault(id(handle.transport), []).append(handle)
-    for members in groups.values():
-        items = [handle.prepare() for handle in members]
-        try:
-            pending = members[0].transport.gather(items)
-        except BaseException:
-            for handle in members:
-                handle._status = ZeroParamStatus.AVAILABLE
-                handle.release()
-            raise
+        groups.setdefault((id(handle.transport), exact and handle.packed is None), []).append(handle)
+    for (_, plain), members in groups.items():
+        transport = members[0].transport
+        chosen = transport.plain if plain else transport
+        _start(members, plain or not transport.lossy, chosen.gather)
+    return total
+
+
+def _start(members: Sequence[ParamHandle], exact: bool, gather: Callable[[list[Any]], Pending]) -> None:
+    items = [handle.prepare() for handle in members]
+    try:
+        pending = gather(items)
+    except BaseException:
         for handle in members:
-            handle.track(pending)
-    return sum(handle.numel for handle in wanted)
+            handle._status = ZeroParamStatus.AVAILABLE
+            handle.release()
+        raise
+    for handle in members:
+        handle.exact = exact
+        handle.track(pending)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.params.compress import SecondaryShards
 from deepspeed._core.params.handle import ParamHandle, fetch
 from deepspeed._core.params.planner import Budget, Plan, make_plan
 from deepspeed._core.params.units import Unit
@@ -119,7 +120,9 @@ class _Run:
 class Coordinator:
     """Decides for the parameters of one model. Methods that fetch are collective."""
 
-    def __init__(self, handles: Sequence[ParamHandle], budget: Budget) -> None:
+    def __init__(
+        self, handles: Sequence[ParamHandle], budget: Budget, secondary: SecondaryShards | None = None
+    ) -> None:
         self.handles = list(handles)
         self.by_id = {handle.id: handle for handle in self.handles}
         self.budget = budget
@@ -127,7 +130,8 @@ class Coordinator:
         self.stats = Stats()
         self.live_numel = 0
         self.before_fetch: Callable[[Sequence[ParamHandle]], None] | None = None
-        """Called with what is about to be gathered; for the hang doctor and the hpZ."""
+        """Called with what is about to be gathered; for the hang doctor."""
+        self.secondary = secondary
         self._stack: list[Call] = []
         self._due: set[int] = set()
         self._orphans: list[tuple[ParamHandle, Any]] = []
@@ -145,6 +149,8 @@ class Coordinator:
         """Whether this rank left the plan since the last step."""
         for handle in self.handles:
             handle.on_change = self._on_change
+            if secondary is not None:
+                handle.on_write = self._forget_copy
 
     # -- moving data -------------------------------------------------------------------------------------------------
 
@@ -155,14 +161,28 @@ class Coordinator:
             return
         if self.before_fetch is not None:
             self.before_fetch(missing)
-        numel = fetch(missing)
+        numel = fetch(missing, secondary=self.secondary if self._in_backward else None)
         self.stats.gathers += 1
         self.stats.gathered_numel += numel
 
     def _on_change(self, handle: ParamHandle, taken: bool) -> None:
-        if not handle.persistent:
-            self.live_numel += handle.numel if taken else -handle.numel
+        if handle.persistent:
+            return
+        if self.secondary is not None and not taken and not self._in_backward and torch.is_grad_enabled():
+            # hpZ: backward gathers from copies of what forward used.
+            self.secondary.keep(handle.id, handle.full)
+        self.live_numel += handle.numel if taken else -handle.numel
+        if taken:
             self.stats.peak_live_numel = max(self.stats.peak_live_numel, self.live_numel)
+
+    def _forget_copy(self, handle: ParamHandle) -> None:
+        if self.secondary is not None:
+            self.secondary.drop(handle.id)
+
+    def forget_copies(self) -> None:
+        """hpZ's copies are stale: the weights are about to change."""
+        if self.secondary is not None:
+            self.secondary.clear()
 
     def hold(self, handle: ParamHandle, token: Any) -> None:
         handle.holds[token] = handle.holds.get(token, 0) + 1
@@ -198,7 +218,7 @@ class Coordinator:
         persistent = [h for h in self.handles if h.persistent]
         for handle in persistent:
             handle.release()
-        self.start(persistent)
+        fetch(persistent, exact=True)
         for handle in persistent:
             handle.finish()
 

@@ -42,6 +42,16 @@ class ParamTransport(abc.ABC):
         self.group = group
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.plain: ParamTransport = self
+        """What gathers exactly; another one where this one loses bits."""
+        self.lossy = False
+        self.replicas: torch_dist.ProcessGroup | None = None
+        """Ranks that hold the same shards (MiCS)."""
+
+    def replicate(self, shard: torch.Tensor, source: int = 0) -> None:
+        """Makes a shard the same on all ranks that hold it, as replica ``source`` has it."""
+        if self.replicas is not None:
+            dist.broadcast(shard, src=torch_dist.get_global_rank(self.replicas, source), group=self.replicas)
 
     @abc.abstractmethod
     def gather(self, items: Sequence[GatherItem]) -> Pending:

@@ -294,7 +294,12 @@ class GradReducer:
         overlap = self.policy.overlap
         if self.policy.use_reduce_scatter:
             pending = self.transport.reduce_scatter(
-                full, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced, eager=overlap
+                full,
+                bucket.grad_shard,
+                scale=self.policy.post_scale,
+                accumulate=bucket.reduced,
+                eager=overlap,
+                key=bucket.index,
             )
         else:
             pending = self._all_reduce_instead(bucket, full)

@@ -9,7 +9,7 @@ whatever the dtype on the wire.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,16 @@ from deepspeed.comm import doctor
 __all__ = ["Pending", "Transport", "make_transport"]
 
 _PIECE_NUMEL = 1 << 20
-# Our point-to-point messages must not meet those of the user or of a pipeline.
-_TAG_GATHER, _TAG_SCATTER, _TAG_COUNT = 7100, 7101, 1000
+# Our point-to-point messages must not meet those of the user or of a pipeline. The size is a part of the tag: messages of
+# ranks that do different things then do not match, and the hang doctor explains the wait; gloo would end the process.
+_TAG_SCATTER, _TAG_GATHER, _TAG_COUNT, _TAG_SIZES = 1 << 21, 1 << 24, 1000, 9973
 
 
 class Pending:
     """Work in flight together with what must outlive it. ``wait`` is idempotent.
 
-    ``op``, ``nbytes`` and ``group`` tell the hang doctor that and for what ``wait`` waits; so leave them out where
-    ``finish`` does more than communicate (reads a file, say), since then this rank may be the slow one.
+    ``op``, ``nbytes``, ``group`` and ``detail`` tell the hang doctor for what ``wait`` waits, ``finish`` included; so
+    leave ``op`` out where that does more than communicate (reads a file, say) and this rank may be the slow one.
     """
 
     def __init__(
@@ -42,27 +43,34 @@ class Pending:
         op: str = "",
         nbytes: int = 0,
         group: torch_dist.ProcessGroup | None = None,
+        detail: str = "",
     ) -> None:
         self._works = [work for work in works if work is not None]
         self._keep_alive = list(keep_alive)
         self._finish = finish
-        self._what = (op, nbytes, group)
+        self._what = (op, nbytes, group, detail)
 
     def wait(self) -> None:
         """Returns when the result may be used on the current stream."""
-        op, nbytes, group = self._what
+        op, nbytes, group, detail = self._what
         if op and (self._works or self._finish is not None):
-            with doctor.waiting(op, nbytes=nbytes, group=group):
-                self._complete()
+            with doctor.waiting(op, detail, nbytes=nbytes, group=group):
+                self._wait_for_works()
+                self._run_finish()
         else:
-            self._complete()
+            if self._works:
+                with doctor.waiting("unnamed work"):
+                    self._wait_for_works()
+            self._run_finish()
         self._keep_alive = []
 
-    def _complete(self) -> None:
+    def _wait_for_works(self) -> None:
         works, self._works = self._works, []
         for work in works:
             work.wait()
             doctor.now.moves += 1
+
+    def _run_finish(self) -> None:
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
@@ -78,13 +86,21 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def reduce_scatter(
-        self, full: torch.Tensor, out: torch.Tensor, *, scale: float, accumulate: bool, eager: bool = False
+        self,
+        full: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        eager: bool = False,
+        key: Hashable = None,
     ) -> Pending:
         """``out = [out +] scale * sum over ranks of full's slice of this rank``, summed in ``out``'s dtype.
 
         ``full`` has ``world_size * out.numel()`` elements, 1-D. ``out`` may be ``full``'s own slice (then not
         ``accumulate``). ``full`` must stay untouched until ``wait``. ``eager`` sends all of it now, to overlap with
-        what the caller does before ``wait``, at the cost of receive buffers for all of it.
+        what the caller does before ``wait``, at the cost of receive buffers for all of it. ``key`` names the elements over
+        the steps, for transports that carry rounding errors over.
         """
 
     @abc.abstractmethod
@@ -124,7 +140,14 @@ class _Alone(Transport):
     """World size 1: nothing travels, the arithmetic stays the same."""
 
     def reduce_scatter(
-        self, full: torch.Tensor, out: torch.Tensor, *, scale: float, accumulate: bool, eager: bool = False
+        self,
+        full: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        eager: bool = False,
+        key: Hashable = None,
     ) -> Pending:
         _take(full, out, scale=scale, accumulate=accumulate)
         return Pending()
@@ -151,14 +174,21 @@ class _PointToPoint(Transport):
         self._calls = 0
 
     def reduce_scatter(
-        self, full: torch.Tensor, out: torch.Tensor, *, scale: float, accumulate: bool, eager: bool = False
+        self,
+        full: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        eager: bool = False,
+        key: Hashable = None,
     ) -> Pending:
         slices = full.view(self.world_size, -1)
         pieces = [(low, min(low + _PIECE_NUMEL, out.numel())) for low in range(0, out.numel(), _PIECE_NUMEL)]
         # Several reductions may be in flight and ranks may wait for them at different moments: a tag a call keeps
         # their messages apart.
         self._calls += 1
-        tag = _TAG_SCATTER + self._calls % _TAG_COUNT
+        tag = _TAG_SCATTER + self._calls % _TAG_COUNT + _TAG_COUNT * (full.numel() % _TAG_SIZES)
         posted: list[tuple[list[torch_dist.Work], torch.Tensor]] = []
 
         def post() -> None:
@@ -192,12 +222,13 @@ class _PointToPoint(Transport):
         slices = full.view(self.world_size, -1)
         step = max(1, limit_numel // self.world_size)
         works = []
+        tag = _TAG_GATHER + full.numel() % _TAG_SIZES
         what = self._what("all_gather", full)
         with doctor.collective(**what):
             for low in range(0, slices.shape[1], step):
                 part = slices[:, low : low + step]
-                works += [dist.irecv(part[rank], src, group=self.group, tag=_TAG_GATHER) for rank, src in self._peers]
-                works += [dist.isend(part[self.rank], dst, group=self.group, tag=_TAG_GATHER) for _, dst in self._peers]
+                works += [dist.irecv(part[rank], src, group=self.group, tag=tag) for rank, src in self._peers]
+                works += [dist.isend(part[self.rank], dst, group=self.group, tag=tag) for _, dst in self._peers]
         return Pending(works, [full], **what)
 
     def all_reduce(self, full: torch.Tensor, *, scale: float, eager: bool = False) -> Pending:
@@ -219,7 +250,14 @@ class _Native(Transport):
     """Backends whose own flat collectives are the fast ones (NCCL)."""
 
     def reduce_scatter(
-        self, full: torch.Tensor, out: torch.Tensor, *, scale: float, accumulate: bool, eager: bool = False
+        self,
+        full: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        eager: bool = False,
+        key: Hashable = None,
     ) -> Pending:
         direct = out.dtype == full.dtype and not accumulate
         received = out if direct else torch.empty(out.numel(), dtype=full.dtype, device=full.device)

@@ -11,6 +11,7 @@ __getattr__, __dir__ = attach(
     {
         "GatheredParameters": _PARTITION + "GatheredParameters",
         "Init": _PARTITION + "Init",
+        "MiCS_Init": _PARTITION + "MiCS_Init",
         "TiledLinear": _TILING + "TiledLinear",
         "TiledLinearReturnBias": _TILING + "TiledLinearReturnBias",
         "register_external_parameter": _PARTITION + "register_external_parameter",

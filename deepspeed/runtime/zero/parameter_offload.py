@@ -17,7 +17,8 @@ from deepspeed._core.params.lifecycle import Coordinator
 from deepspeed._core.params.planner import Budget
 from deepspeed._core.params.units import UnitLimits
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.partition_parameters import param_transport, partition_parameter
+from deepspeed.runtime.zero.partition_parameters import partition_parameter
+from deepspeed.runtime.zero.topology import ShardTopology, shard_topology
 
 __all__ = ["DeepSpeedZeRoOffload", "budget_of", "limits_of", "mark_persistent", "partition_module"]
 
@@ -70,7 +71,8 @@ def partition_module(
 
     ``dtype``: of floating-point parameters, other than those of ``keep_dtype``. Collective.
     """
-    transport = param_transport(group, device)
+    topology = shard_topology(zero, group, device)
+    transport = topology.gather
     for name, param in module.named_parameters():
         known = handle_of(param)
         if known is None:
@@ -86,17 +88,28 @@ def partition_module(
         if dtype is not None and param not in keep_dtype and param.is_floating_point() and known.dtype != dtype:
             known.release()
             known.adopt(known.shard.to(dtype))
+        if known.transport is not transport:
+            known.release()
+            known.transport = transport
     handles = handles_of(module.parameters())
+    if topology.pack_frozen:
+        for handle in handles:
+            if not handle.param.requires_grad and handle.packed is None and handle.dtype.is_floating_point:
+                handle.release()
+                handle.pack(handle.shard)
     mark_persistent(handles, zero)
-    return DeepSpeedZeRoOffload(module, handles, zero)
+    return DeepSpeedZeRoOffload(module, handles, zero, topology)
 
 
 class DeepSpeedZeRoOffload:
     """Lifecycle and hooks of one partitioned module. Made by :func:`partition_module`."""
 
-    def __init__(self, module: torch.nn.Module, handles: list[ParamHandle], zero: DeepSpeedZeroConfig) -> None:
+    def __init__(
+        self, module: torch.nn.Module, handles: list[ParamHandle], zero: DeepSpeedZeroConfig, topology: ShardTopology
+    ) -> None:
         self.module = module
-        self.coordinator = Coordinator(handles, budget_of(zero, handles))
+        self.topology = topology
+        self.coordinator = Coordinator(handles, budget_of(zero, handles), topology.secondary)
         self._hooks = ModelHooks(module, self.coordinator, limits_of(zero))
         self.param_coordinator = _TraceView(self.coordinator)
 

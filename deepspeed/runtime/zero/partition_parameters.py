@@ -40,15 +40,18 @@ from deepspeed._core.params.handle import (
     shard_numel_of,
 )
 from deepspeed._core.params.hooks import coordinator_of
-from deepspeed._core.params.transport import ParamTransport, make_param_transport
+from deepspeed._core.params.transport import ParamTransport
 from deepspeed.accelerator import get_accelerator
 from deepspeed.errors import ConfigError, MissingFeatureError
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.topology import param_transport
 from deepspeed.utils.tensor_fragment import weights_written
 
 __all__ = [
     "GatheredParameters",
     "Init",
+    "MiCS_Init",
     "ZeroParamStatus",
     "get_accelerator",
     "is_zero_param",
@@ -62,17 +65,6 @@ __all__ = [
 
 # Transformers compares with this to treat torch.arange on its own.
 _orig_torch_arange = ORIGINALS["arange"]
-
-_transports: dict[Any, ParamTransport] = {}
-
-
-def param_transport(group: torch.distributed.ProcessGroup | None, device: torch.device) -> ParamTransport:
-    """The transport over ``group``, the same object each time, so that parameters of a group are gathered together."""
-    known = _transports.get(group)
-    stale = known is not None and (known.world_size, known.rank) != (dist.get_world_size(group), dist.get_rank(group))
-    if known is None or stale:
-        known = _transports[group] = make_param_transport(group, device)
-    return known
 
 
 def is_zero_param(parameter: Any) -> bool:
@@ -110,6 +102,7 @@ def partition_parameter(
         flat = param.detach().reshape(-1)
         source = flat.to(device=where, dtype=target) if transport.rank == 0 else None
         transport.scatter(source, shard)
+        transport.replicate(shard)
     handle = ParamHandle(param, shard, transport, name=name)
     _give_methods(param)
     return handle
@@ -290,10 +283,11 @@ class GatheredParameters:
                 register_external_parameter(self.fwd_module, handle.param)
         self._kept = [handle.available or handle.in_flight for handle in self._handles]
         with plain_constructors():
-            fetch(self._handles)
+            fetch(self._handles, exact=True)
             for handle, kept in zip(self._handles, self._kept, strict=True):
                 handle.holds[self] = 1
                 handle.finish()
+                handle.refine()
                 if self.src_rank is None and not kept:
                     handle.detach_copy()
         self._versions = [handle.param._version for handle in self._handles]
@@ -328,21 +322,28 @@ class GatheredParameters:
         """The modifier's values become everyone's."""
         for handle, kept in zip(self._handles, self._kept, strict=True):
             transport, root = handle.transport, int(self.src_rank or 0)
+            # With MiCS the modifier is one rank of one of several blocks that hold the same.
+            block_rank, block = root % transport.world_size, root // transport.world_size
             data = handle.param.data
             if data.numel() != handle.numel:
                 handle.write_back()  # raises, and says what is wrong
             stays = kept or handle.persistent or len(handle.holds) > 1
-            if transport.world_size == 1:
+            if transport.world_size == 1 and transport.replicas is None:
                 handle.write_back()
             elif stays:
                 whole = data.detach().contiguous()
-                dist.broadcast(whole, src=transport.global_rank(root), group=transport.group)
+                group = transport.group if transport.replicas is None else None
+                source = transport.global_rank(root) if transport.replicas is None else root
+                dist.broadcast(whole, src=source, group=group)
                 if whole.data_ptr() != data.data_ptr():
                     data.copy_(whole)
                 handle.write_back()
             else:
-                flat = data.detach().reshape(-1) if transport.rank == root else None
-                transport.scatter(flat, handle.shard, root=root)
+                flat = data.detach().reshape(-1) if transport.rank == block_rank else None
+                shard = handle.shard
+                transport.scatter(flat, shard, root=block_rank)
+                transport.replicate(shard, block)
+                handle.store(shard)
             weights_written(handle.param)
 
 
@@ -461,12 +462,17 @@ class Init:
         self.override_module_apply = parsed is None or parsed.zero_config.override_module_apply
         self._group = self._choose_group(data_parallel_group, sequence_data_parallel_group, mpu)
         self.local_device = _device()
-        self.transport = self._make_transport(parsed)
+        zero = parsed.zero_config if parsed is not None else DeepSpeedZeroConfig()
+        flags = {
+            "zero_quantized_weights": zero_quantized_weights,
+            "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights,
+        }
+        self.transport = self._make_transport(zero.model_copy(update={k: v for k, v in flags.items() if v}))
         if module is not None:
             self._partition(module, top=True)
 
-    def _make_transport(self, parsed: DeepSpeedConfig | None) -> ParamTransport:
-        return param_transport(self._group, self.local_device)
+    def _make_transport(self, zero: DeepSpeedZeroConfig) -> ParamTransport:
+        return param_transport(self._group, self.local_device, zero)
 
     @staticmethod
     def _choose_group(data_parallel_group: Any, sequence_group: Any, mpu: Any) -> Any:
@@ -522,6 +528,18 @@ class Init:
                 if handle_of(param) is None:
                     path = f"{type(module).__name__}.{name}"
                     partition_parameter(param, self.transport, dtype=self.dtype, device=self.local_device, name=path)
+
+
+class MiCS_Init(Init):
+    """As :class:`Init`, for a config whose ``zero_optimization.mics_shard_size`` cuts models over blocks of ranks."""
+
+    def _make_transport(self, zero: DeepSpeedZeroConfig) -> ParamTransport:
+        if zero.mics_shard_size <= 0:
+            raise ConfigError(
+                "zero.MiCS_Init needs config_dict_or_path with zero_optimization.mics_shard_size, the number of ranks that "
+                "hold one model; without it use zero.Init"
+            )
+        return super()._make_transport(zero)
 
 
 def _parse(config: Any) -> DeepSpeedConfig | None:

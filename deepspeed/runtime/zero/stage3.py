@@ -113,6 +113,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
     def _before_update(self) -> None:
         self.parameter_offload.coordinator.end_backward()
         self.parameter_offload.coordinator.release_all()
+        self.parameter_offload.coordinator.forget_copies()
 
     def _after_update(self) -> None:
         self.parameter_offload.coordinator.refresh_persistent()
@@ -145,6 +146,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
     def publish_weights(self) -> None:
         coordinator = self.parameter_offload.coordinator
         coordinator.release_all()
+        coordinator.forget_copies()
         for bucket in self.buckets:
             if not bucket.full_precision:
                 bucket.weights.copy_(bucket.master)
@@ -157,7 +159,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         own_begin, own_end = handle.own_range
         low, high = max(begin, own_begin), min(begin + values.numel(), own_end)
         if low < high:
-            handle.shard[low - own_begin : high - own_begin].copy_(values[low - begin : high - begin])
+            handle.store(values[low - begin : high - begin], low - own_begin)
         if handle.available:
             slot.param.data.view(-1)[begin : begin + values.numel()].copy_(values)
 
