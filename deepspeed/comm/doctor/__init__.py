@@ -98,7 +98,7 @@ def raised(error: BaseException) -> None:
     """Tells the other ranks that this rank's program ends with ``error``.
 
     Uncaught exceptions of a script are told by ``sys.excepthook``; this is for programs that catch everything and end
-    by other means, such as ``os._exit``. Rank 0 may stay in it for 3 s, so that others can read why it goes.
+    by other means, such as ``os._exit``. It may stay for 4 s, so that others can read why this rank goes.
     """
     if _process.doctor is not None:
         _process.doctor.raised(error)
@@ -131,7 +131,7 @@ def _timeout(given: float | None) -> float:
 def _forget() -> None:
     """In a forked child: the doctor's thread is the parent's, and so are its words."""
     _process.doctor, _process.users = None, 0
-    now.on, now.on_failure = False, None
+    now.on, now.on_failure, now.page = False, None, None
     now.waits.clear()
 
 

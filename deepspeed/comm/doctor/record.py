@@ -13,13 +13,28 @@ from typing import Any
 
 import torch
 
+from .blackbox import Page
+
 __all__ = ["Now", "Wait", "at", "collective", "now", "operation", "waiting"]
 
 
 class Now:
     """The present moment of this process. Write the first four from anywhere; the rest belongs to this file."""
 
-    __slots__ = ("count", "module", "moves", "nbytes", "on", "on_failure", "op", "parameter", "phase", "step", "waits")
+    __slots__ = (
+        "count",
+        "module",
+        "moves",
+        "nbytes",
+        "on",
+        "on_failure",
+        "op",
+        "page",
+        "parameter",
+        "phase",
+        "step",
+        "waits",
+    )
 
     def __init__(self) -> None:
         #: Optimizer steps that this rank has finished; -1 where nothing tells.
@@ -40,6 +55,8 @@ class Now:
         self.waits: list[Wait] = []
         #: Whether a doctor reads this; off, every mark is one attribute read.
         self.on = False
+        #: Where the last collective is noted for those who outlive this process.
+        self.page: Page | None = None
         #: Gets an exception that ends a wait.
         self.on_failure: Callable[[BaseException], None] | None = None
 
@@ -109,6 +126,9 @@ def collective(op: str, nbytes: int = 0, group: Any = None, detail: str = "") ->
         now.op = op
         now.nbytes = nbytes
         now.count += 1
+        page = now.page
+        if page is not None:
+            page.write(now.count, nbytes, now.step, op, now.phase, now.module, now.parameter)
     return Wait(op, nbytes, group, detail)
 
 

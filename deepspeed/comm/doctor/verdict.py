@@ -28,12 +28,14 @@ _PHASES = ("forward", "backward", "step")
 
 
 class State(str, enum.Enum):
-    """What a rank says of itself. The last four are final: it will not take part in another collective."""
+    """What a rank says of itself, or others say of it. The last four are final: no collective of its will follow."""
 
     WAITING = "waiting"
     COMPUTING = "computing"
     #: Its doctor was stopped, so nobody can tell.
     STOPPED = "stopped"
+    #: Said by others: it lives, and more is not known.
+    UNHEARD = "unheard"
     RAISED = "raised"
     FINISHED = "finished"
     #: It has read a verdict and is about to exit.
@@ -76,6 +78,8 @@ class Status:
     host: str = ""
     pid: int = 0
     birth: int = 0
+    #: File descriptor of its page, see :mod:`deepspeed.comm.doctor.blackbox`; -1 if it has none.
+    page: int = -1
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -96,7 +100,7 @@ class Sight:
     unmoved_s: float = 0.0
     #: Age of its last word: of a rank that answers, never much more than its doctor's period.
     silent_s: float = 0.0
-    #: Whether its last word is known to be of this alarm.
+    #: Whether its last word is known to be of the present alarm.
     fresh: bool = True
 
     @property
@@ -136,11 +140,9 @@ def judge(sights: Mapping[int, Sight], world_size: int, timeout_s: float) -> Ver
     silent_after_s = max(1.0, timeout_s / 2)
     waiting = tuple(r for r, s in sights.items() if s.state is State.WAITING)
     lost = [r for r, s in sights.items() if s.state.final]
-    # A moment more for those that have not said yet what they do.
-    settled_s = timeout_s / 10 if all_heard(sights, world_size) else 3 * timeout_s / 10
     for rank in waiting:
         awaited = [r for r in lost if not sights[rank].status.group or r in sights[rank].status.group]
-        if awaited and sights[rank].unmoved_s >= settled_s:
+        if awaited and sights[rank].unmoved_s >= timeout_s / 10 and all_heard(sights, timeout_s):
             return blame(sights)
     if not waiting:
         return Verdict(Kind.NOTHING)
@@ -164,9 +166,9 @@ def judge(sights: Mapping[int, Sight], world_size: int, timeout_s: float) -> Ver
     return Verdict(Kind.NOTHING, (), waiting)
 
 
-def all_heard(sights: Mapping[int, Sight], world_size: int) -> bool:
-    """Whether each rank has said what it does now."""
-    return len(sights) == world_size and all(s.fresh or s.state.final for s in sights.values())
+def all_heard(sights: Mapping[int, Sight], timeout_s: float) -> bool:
+    """Whether each rank has said what it does now, or had time enough to."""
+    return all(s.fresh or s.state.final or s.silent_s >= 0.3 * timeout_s for s in sights.values())
 
 
 def blame(sights: Mapping[int, Sight]) -> Verdict:
@@ -239,9 +241,10 @@ def _row(rank: int, sight: Sight | None, marked: bool) -> tuple[str, ...]:
         state = "gone (its process has ended without a word)"
     elif sight.state is State.STOPPED:
         state = "stopped (its engine was destroyed)"
-    last = f"#{status.count} {status.op} {_size(status.nbytes)}" if status.count else "none"
-    if sight.state is State.GONE and not status.beat:
-        last = "unknown"
+    elif sight.state is State.UNHEARD:
+        state = "alive, but not heard"
+    unknown = "unknown" if sight.state in (State.GONE, State.UNHEARD) else "none"
+    last = f"#{status.count} {status.op} {_size(status.nbytes)}" if status.count else unknown
     step = str(status.step) if status.step >= 0 else "-"
     return (str(rank), state + mark, step, status.phase or "-", last, status.module or "-", status.parameter or "-")
 
@@ -263,8 +266,14 @@ def _headline(verdict: Verdict, sights: Mapping[int, Sight]) -> str:
     wait = "waits" if len(verdict.waiting) == 1 else "wait"
     if verdict.kind is Kind.LOST_PEER:
         first = sights[verdict.ranks[0]]
-        what = {State.RAISED: f"raised {first.status.error}", State.FINISHED: "has finished", State.LEAVING: "left"}
-        return f"{who} {what.get(first.state, 'is gone')}" + (f"; {waiting} {wait} for it" if verdict.waiting else "")
+        one = len(verdict.ranks) == 1
+        what = {
+            State.RAISED: f"raised {first.status.error}",
+            State.FINISHED: "has finished" if one else "have finished",
+            State.LEAVING: "left",
+            State.STOPPED: "stopped",
+        }.get(first.state, "is gone" if one else "are gone")
+        return f"{who} {what}" + (f"; {waiting} {wait} for {'it' if one else 'them'}" if verdict.waiting else "")
     if verdict.kind is Kind.DEADLOCK:
         if len(verdict.ranks) < len(verdict.waiting):
             return f"deadlock: all ranks wait, and {who} for something else than the others"
@@ -290,7 +299,10 @@ def _hint(verdict: Verdict, sights: Mapping[int, Sight]) -> str:
                 f"{who} left the program while others went on: do all ranks see the same number of batches "
                 "(drop_last, a DistributedSampler), and leave the loop at the same step?"
             )
-        return f"{who} was ended from outside or crashed: out of memory, a signal, a fault in native code?"
+        return (
+            f"{who} was ended from outside (out of memory, a signal) or crashed: see the end of its output. gloo ends "
+            "a process whose collective meets one of another size; then compare the ranks' last collectives."
+        )
     if len({sights[r].status.step for r in verdict.waiting}) > 1:
         return (
             "the ranks are at different steps: do all see the same number of batches, and does each call the same "
@@ -298,8 +310,9 @@ def _hint(verdict: Verdict, sights: Mapping[int, Sight]) -> str:
         )
     outside = [r for r in verdict.waiting if sights[r].status.phase not in _PHASES]
     if 0 < len(outside) < len(verdict.waiting):
+        gather = "gathers" if len(outside) == 1 else "gather"
         return (
-            f"{_names(tuple(outside))} gathers alone: state_dict of partitioned parameters, GatheredParameters and "
+            f"{_names(tuple(outside))} {gather} alone: state_dict of partitioned parameters, GatheredParameters and "
             "engine.save_checkpoint are collective; call them on every rank, and only then write on one."
         )
     return (

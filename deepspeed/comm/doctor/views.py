@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from . import evidence
+from .blackbox import Page, make_page, open_page
 from .record import now
 from .verdict import Sight, State, Status
 
@@ -29,6 +30,7 @@ class OwnView:
         self.host, self.pid = evidence.host_id(), os.getpid()
         self._birth = evidence.birth_of(self.pid)
         self._world, self._except_port = dist.group.WORLD, except_port
+        self.page = make_page()
         #: When a wait last ended, and when anything at all moved.
         self.communicated_at_s = self.moved_at_s = time.monotonic()
         #: Marks seen up to the last look.
@@ -83,6 +85,7 @@ class OwnView:
             host=self.host,
             pid=self.pid,
             birth=self._birth,
+            page=-1 if self.page is None else self.page.descriptor,
         )
         if waits:
             first, last = waits[0], waits[-1]
@@ -128,10 +131,41 @@ class OthersView:
     def __init__(self, own: OwnView) -> None:
         self._own = own
         self._tracks: dict[int, _Track] = {}
+        #: First words of ranks on this host, and their pages where those can be had.
+        self._mates: dict[int, tuple[Status, Page | None]] = {}
 
     def forget(self) -> None:
         """Words of an earlier alarm say nothing about now."""
         self._tracks.clear()
+
+    def meet(self, status: Status) -> None:
+        """Opens the page of a rank of this host, so that it outlives that rank."""
+        if status.rank not in self._mates and status.host == self._own.host and status.rank != self._own.rank:
+            page = open_page(status.pid, status.page) if status.page >= 0 else None
+            self._mates[status.rank] = (status, page)
+
+    def recall(self) -> dict[int, Status]:
+        """What can be known of this host's other ranks without their words."""
+        return {
+            rank: self._recalled(status, State.GONE if self._is_gone(status) else State.UNHEARD)
+            for rank, (status, _) in self._mates.items()
+        }
+
+    def close(self) -> None:
+        for _, page in self._mates.values():
+            if page is not None:
+                page.close()
+        self._mates.clear()
+
+    def for_report(self, sights: dict[int, Sight]) -> dict[int, Sight]:
+        """These, but for ranks whose last word is an old one what their pages show."""
+        old = [r for r, s in sights.items() if not s.fresh and not s.state.final and s.state is not State.STOPPED]
+        recalled = {r: Sight(self._recalled(sights[r].status, State.UNHEARD)) for r in old if r in self._mates}
+        return sights | recalled
+
+    def _recalled(self, status: Status, state: State) -> Status:
+        _, page = self._mates.get(status.rank, (None, None))
+        return dataclasses.replace(status, state=state, **(page.read() if page is not None else {}))
 
     def see(self, words: dict[int, Status], own: Status) -> dict[int, Sight]:
         """All ranks that ever left a word, in order; this one as it says of itself."""
@@ -148,7 +182,7 @@ class OthersView:
                     track.moves, track.moved_at_s = status.moves, clock_s
             if self._is_gone(status):
                 ended = State.FINISHED if status.state is State.STOPPED else State.GONE
-                status = dataclasses.replace(status, state=ended)
+                status = self._recalled(status, ended)
             sights[rank] = Sight(
                 status,
                 unmoved_s=track.fresh_at_s - track.moved_at_s,

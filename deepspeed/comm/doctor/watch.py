@@ -4,8 +4,9 @@
 timeout does its rank raise an alarm, which makes all ranks leave words, and those that wait read them. An alarm that
 nobody prolongs lapses.
 
-[Note: rank 0 goes last] With ``env://`` or ``tcp://`` the store lives in rank 0's process unless torchrun keeps it, so
-words are lost when that ends. So rank 0 stays for a moment: for others to finish, too, or to read why it goes.
+[Note: parting] With ``env://`` or ``tcp://`` the store lives in rank 0's process unless torchrun keeps it, so words are
+lost when that ends. So rank 0 stays for a moment: for others to finish, too, or to read why it goes. A rank that raised
+stays so as well, whichever it is: a launcher ends the others as soon as it is gone.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ __all__ = ["EXIT_CODE", "Doctor"]
 #: Of a process that ends because of a verdict: sysexits' "protocol error", no shell's and no signal's.
 EXIT_CODE = 76
 
-#: How long rank 0 stays, see [Note: rank 0 goes last]: as long as nobody waits, and if someone has to read.
-_LINGER_S, _LINGER_FOR_READERS_S = 1.2, 3.0
+#: How long a rank stays, see [Note: parting]: as long as nobody waits, and if someone has to read.
+_LINGER_S, _LINGER_FOR_READERS_S = 1.2, 4.0
+
+#: Up to so many ranks, each looks at all others to find those on its host, if nothing tells.
+_SMALL_WORLD = 64
 
 
 class Doctor:
@@ -51,6 +55,7 @@ class Doctor:
         self._thread = threading.Thread(target=self._run, name="deepspeed-doctor", daemon=True)
         self._previous_hook = sys.excepthook
         self._complained = False
+        self._unmet = _possible_mates(self._rank, self._world_size)
         self._alarm, self._alarm_at_s, self._raised_at_s = "", -timeout_s, -timeout_s
         self._warn_after_s = timeout_s
         #: This rank's last word, if it has said one.
@@ -67,14 +72,14 @@ class Doctor:
         self._alarm = board.alarm()  # of an earlier doctor in this group: none of ours
         board.post(self._own.status())
         now.waits.clear()
-        now.on, now.on_failure = True, self._on_failure
+        now.on, now.on_failure, now.page = True, self._on_failure, self._own.page
         sys.excepthook = self._hook
         atexit.register(self._at_exit)
         self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread, gives the store's connection back and takes the hooks out."""
-        now.on, now.on_failure = False, None
+        now.on, now.on_failure, now.page = False, None, None
         if sys.excepthook == self._hook:
             sys.excepthook = self._previous_hook
         atexit.unregister(self._at_exit)
@@ -94,6 +99,9 @@ class Doctor:
         board, self._board = self._board, None
         if board is not None:
             board.close()
+        self._others.close()
+        if self._own.page is not None:
+            self._own.page.close()
 
     def _need_board(self) -> Board:
         """The board, if it can still be used."""
@@ -107,7 +115,9 @@ class Doctor:
     def _run(self) -> None:
         # Not so often that a large world keeps rank 0's store busy, see [Note: traffic].
         period_s = max(min(1.0, self.timeout_s / 10), self._world_size / 1000)
-        while not self._stop.wait(period_s / 2 if self._is_alarm() else period_s):
+        pause_s = min(0.05, period_s)  # soon, to meet those that start at the same time
+        while not self._stop.wait(pause_s):
+            pause_s = min(2 * pause_s, period_s / 2 if self._is_alarm() else period_s)
             try:
                 if not self.serves_this_group:
                     break
@@ -125,6 +135,8 @@ class Doctor:
         if self._own.look(clock_s, closely=self._is_alarm()):
             self._warn_after_s, self._failing = self.timeout_s, False
         board = self._need_board()
+        if self._unmet:
+            self._meet(board)
         if self._final is not None or self._failing:
             return
         status = self._own.status()
@@ -142,6 +154,15 @@ class Doctor:
             self._judge(board, status)
         else:
             self._tell_slowness(clock_s)
+
+    def _meet(self, board: Board) -> None:
+        """Once, when all ranks have started: learns who runs on this host."""
+        for rank in list(self._unmet):
+            status = board.read(rank)
+            if status is None:
+                return
+            self._others.meet(status)
+            self._unmet.remove(rank)
 
     def _is_alarm(self) -> bool:
         return time.monotonic() - self._alarm_at_s < self.timeout_s
@@ -172,7 +193,7 @@ class Doctor:
 
     def _publish(self, board: Board, verdict: Verdict, sights: dict[int, Sight]) -> str:
         """Leaves the verdict for the others, who follow it if they have not moved since, and returns its text."""
-        text = report(verdict, sights, self._world_size, self.timeout_s)
+        text = report(verdict, self._others.for_report(sights), self._world_size, self.timeout_s)
         moves = {str(rank): sight.status.moves for rank, sight in sights.items()}
         board.publish(json.dumps({"text": text, "moves": moves}))
         return text
@@ -197,6 +218,8 @@ class Doctor:
         logger.critical(text + evidence.stack_of(self._own.thread))
         self._say(State.LEAVING)
         self._linger(_LINGER_FOR_READERS_S)
+        # The others' waits would raise as soon as this process is gone; so they get the time to read the same verdict.
+        time.sleep(min(1.0, self.timeout_s / 10))
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -214,11 +237,12 @@ class Doctor:
         except Exception as failed:  # the store may be gone already: nobody is left to read it then
             logger.debug(f"the hang doctor could not leave a last word: {failed}")
 
-    def _linger(self, longest_s: float) -> None:
-        """Rank 0 waits for the others' last words, see [Note: rank 0 goes last]."""
-        if self._rank != 0 or self._board is None or not self._board.in_rank_0 or self._final is None:
+    def _linger(self, longest_s: float, anyone: bool = False) -> None:
+        """Waits for the others' last words, see [Note: parting]; ``anyone``: not only the rank that has the store."""
+        hosts = self._board is not None and self._board.in_rank_0 and self._rank == 0
+        if not (hosts or anyone) or self._final is None:
             return
-        start_s, pause_s = time.monotonic(), 0.02
+        start_s, pause_s = time.monotonic(), 0.02 + self._world_size / 1000
         try:
             while time.monotonic() - start_s < longest_s:
                 board = self._need_board()
@@ -227,10 +251,10 @@ class Doctor:
                     return
                 if any(s.state is State.WAITING for s in sights.values()):
                     longest_s = max(longest_s, _LINGER_FOR_READERS_S)
-                if time.monotonic() - start_s > 0.25:
+                if time.monotonic() - start_s > 0.25:  # no alarm at the usual end, all ranks at nearly the same time
                     board.raise_alarm(f"{self._rank} {time.monotonic()}")
                 time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.2)
+                pause_s = min(2 * pause_s, 0.2 + self._world_size / 500)
         except Exception as error:
             logger.debug(f"the hang doctor did not wait for the other ranks: {error}")
 
@@ -242,11 +266,11 @@ class Doctor:
         except Exception as failed:
             logger.debug(f"the hang doctor could not raise an alarm: {failed}")
         if not isinstance(error, KeyboardInterrupt):
-            self._linger(_LINGER_FOR_READERS_S)
+            self._linger(_LINGER_FOR_READERS_S, anyone=True)
 
     def finished(self) -> None:
         """Tells the other ranks that this one's program has ended, and ends the doctor."""
-        now.on, now.on_failure = False, None
+        now.on, now.on_failure, now.page = False, None, None
         if self._final is None:
             self._say(State.FINISHED)
             self._linger(_LINGER_S)
@@ -290,19 +314,33 @@ class Doctor:
                 return text
             sights = self._others.see(board.read_all(), own)
             verdict = blame(sights)
-            known = not sights[verdict.ranks[0]].status.consequence and all_heard(sights, self._world_size)
+            known = not sights[verdict.ranks[0]].status.consequence and all_heard(sights, self.timeout_s)
             if known or time.monotonic() > deadline_s:
                 return self._publish(board, verdict, sights)
             time.sleep(0.1)
 
     def _lonely_report(self, own: Status) -> str:
         """All that this rank can say without the store."""
-        sights = {self._rank: self._own.sight(own)}
-        if self._board is not None and self._board.in_rank_0 and self._rank != 0:
-            sights = {0: Sight(Status(0, State.GONE))} | sights
+        statuses = self._others.recall() | {self._rank: own}
+        if self._board is not None and self._board.in_rank_0 and 0 not in statuses:
+            statuses[0] = Status(0, State.GONE)
+        sights = {rank: Sight(status) for rank, status in sorted(statuses.items())}
         return report(blame(sights), sights, self._world_size, self.timeout_s) + (
             "\n(The rendezvous store is gone, and the other ranks' words with it.)"
         )
+
+
+def _possible_mates(rank: int, world_size: int) -> list[int]:
+    """Ranks that may run on this host: by what launchers say, or all of a small world."""
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ""))
+    first, last = 0, world_size
+    if local_rank.isdecimal() and local_size.isdecimal():
+        first = max(0, rank - int(local_rank))
+        last = min(world_size, first + int(local_size))
+    elif world_size > _SMALL_WORLD:
+        return []
+    return [other for other in range(first, last) if other != rank]
 
 
 def _is_about_peers(error: BaseException) -> bool:
