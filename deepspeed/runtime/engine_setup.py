@@ -23,6 +23,7 @@ from deepspeed.runtime.flat_optimizer import FlatOptimizer, FlatSettings, take_b
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import make_loss_scaler
 from deepspeed.runtime.lr_schedules import build_scheduler
+from deepspeed.runtime.zero.module_state import unwatch_state
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, partition_module
 from deepspeed.runtime.zero.partition_parameters import is_zero_param, unpartition
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -157,6 +158,7 @@ def partition_or_unite(
         )
     united = unpartition(module.parameters())
     if united:
+        unwatch_state(module)
         log_dist(
             f"{united} partitioned parameters were made whole for ZeRO stage {int(config.zero_optimization_stage)}"
         )

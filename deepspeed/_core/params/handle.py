@@ -7,7 +7,8 @@ tensor, so that the next fetch looks at the NaN and names the parameter that was
 [Note: one storage] Autograd may have saved a view of the whole data in the forward and read it in the backward, after a
 release and another fetch. So a handle keeps one storage for life: released, it is resized to nothing; fetched, it gets
 memory again, and old views see the same values. Whoever reads a view in between reads freed memory: the lifecycle must
-hold a parameter for as long as an operation may want it.
+hold a parameter for as long as an operation may want it. What users gather by hand they also keep views of, so that a
+release by hand leaves the memory to those and takes a new storage.
 
 [Note: the source of truth] ``param.ds_tensor`` is this rank's shard, and users may rebind its ``.data``. It is read at each
 fetch; no other buffer shadows it.
@@ -66,6 +67,8 @@ class ParamHandle:
         """Told when somebody other than the optimizer writes to the shard."""
         self.exact = True
         """Whether the whole data, while it is there, has every bit of the shards."""
+        self.born_empty = False
+        """Made from a parameter without data (on the meta device): NaN until somebody writes it."""
         self.packed: QuantisedShard | None = None
         """Holds the shard in 8 bits, in the place of ``ds_tensor``."""
         self._param = weakref.ref(param)
@@ -182,15 +185,20 @@ class ParamHandle:
             poison = float("nan") if shard.is_floating_point() else torch.iinfo(shard.dtype).min
             if shard.dtype.is_complex:
                 poison = float("nan")
-            self._poison = torch.full((1,), poison, dtype=shard.dtype, device=shard.device)
+            self._poison = torch.full((), poison, dtype=shard.dtype, device=shard.device)
             self._full = None
             if self.transport.world_size > 1:
-                self._full = torch.empty(0, dtype=shard.dtype, device=shard.device)
-                self._full.resize_(self.transport.world_size * self.shard_numel)
-                self._full.untyped_storage().resize_(0)
+                self._full = self._no_memory(shard)
         self._pending = None
         self.packed = None
         self._hide()
+
+    def _no_memory(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor for the whole data, whose storage is empty."""
+        whole = like.new_empty(0)
+        whole.resize_(self.transport.world_size * self.shard_numel)
+        whole.untyped_storage().resize_(0)
+        return whole
 
     def _hide(self) -> None:
         if self.numel == 0:
@@ -284,8 +292,11 @@ class ParamHandle:
         if flat.data_ptr() != shard.data_ptr():
             self.store(flat[begin:end])
 
-    def release(self) -> None:
-        """Frees the whole data, whoever holds it. Waits for a gather in flight. Idempotent."""
+    def release(self, *, by_hand: bool = False) -> None:
+        """Frees the whole data, whoever holds it. Waits for a gather in flight. Idempotent.
+
+        ``by_hand``: views that somebody still has keep the memory, see [Note: one storage].
+        """
         if self._status is ZeroParamStatus.NOT_AVAILABLE or not self.numel:
             return
         self.finish()
@@ -293,7 +304,12 @@ class ParamHandle:
             self.on_change(self, False)
         self._hide()
         self._alone = None
-        if self._full is not None:
+        if self._full is None:
+            return
+        if by_hand:
+            with torch.inference_mode(False):
+                self._full = self._no_memory(self._full)
+        else:
             self._full.untyped_storage().resize_(0)
 
     def dissolve(self) -> None:

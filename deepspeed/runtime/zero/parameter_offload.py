@@ -17,6 +17,7 @@ from deepspeed._core.params.lifecycle import Coordinator
 from deepspeed._core.params.planner import Budget
 from deepspeed._core.params.units import UnitLimits
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.module_state import watch_state
 from deepspeed.runtime.zero.partition_parameters import partition_parameter
 from deepspeed.runtime.zero.topology import ShardTopology, shard_topology
 
@@ -98,6 +99,7 @@ def partition_module(
                 handle.release()
                 handle.pack(handle.shard)
     mark_persistent(handles, zero)
+    watch_state(module)
     return DeepSpeedZeRoOffload(module, handles, zero, topology)
 
 

@@ -45,6 +45,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.errors import ConfigError, MissingFeatureError
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.module_state import watch_state
 from deepspeed.runtime.zero.topology import param_transport
 from deepspeed.utils.tensor_fragment import weights_written
 
@@ -96,7 +97,8 @@ def partition_parameter(
     where = device if device is not None else param.device
     numel = shard_numel_of(param.numel(), transport.world_size)
     shard = torch.empty(numel, dtype=target, device=where)
-    if param.is_meta:
+    empty = param.is_meta
+    if empty:
         shard.fill_(float("nan") if target.is_floating_point else 0)
     else:
         flat = param.detach().reshape(-1)
@@ -104,6 +106,7 @@ def partition_parameter(
         transport.scatter(source, shard)
         transport.replicate(shard)
     handle = ParamHandle(param, shard, transport, name=name)
+    handle.born_empty = empty
     _give_methods(param)
     return handle
 
@@ -174,7 +177,7 @@ def partition(
             handle.write_back()
             weights_written(handle.param)
         if not handle.holds and not handle.persistent:
-            handle.release()
+            handle.release(by_hand=True)
 
 
 def partition_numel(self: torch.nn.Parameter) -> int:
@@ -292,6 +295,9 @@ class GatheredParameters:
                     handle.detach_copy()
         self._versions = [handle.param._version for handle in self._handles]
 
+    by_hand = True
+    """As a reason to hold a parameter: users have it in their hands."""
+
     def __str__(self) -> str:
         return "GatheredParameters"
 
@@ -309,7 +315,7 @@ class GatheredParameters:
             for handle, kept in zip(self._handles, self._kept, strict=True):
                 handle.holds.pop(self, None)
                 if not kept and not handle.holds and not handle.persistent:
-                    handle.release()
+                    handle.release(by_hand=True)
             self._handles = []
         if self.src_rank is None and edited and error is None:
             raise RuntimeError(
@@ -528,6 +534,7 @@ class Init:
                 if handle_of(param) is None:
                     path = f"{type(module).__name__}.{name}"
                     partition_parameter(param, self.transport, dtype=self.dtype, device=self.local_device, name=path)
+        watch_state(module)
 
 
 class MiCS_Init(Init):
