@@ -224,9 +224,9 @@ def table(results: dict[str, Result], tokens: int) -> str:
     )
 
 
-def targets(results: dict[str, Result], args: argparse.Namespace) -> list[tuple[str, float, float]]:
+def targets(results: dict[str, Result], args: argparse.Namespace) -> list[tuple[str, float | None, float]]:
     """(what, measured, at most) for everything that this run can say about the project's targets."""
-    out: list[tuple[str, float, float]] = []
+    out: list[tuple[str, float | None, float]] = []
     for stage in (0, 1, 2):
         ours = results.get(f"ours{stage}")
         if ours is None:
@@ -239,6 +239,19 @@ def targets(results: dict[str, Result], args: argparse.Namespace) -> list[tuple[
             out.append((f"stage {stage}: step / reference", ratio(results, ours.name, f"reference{stage}"), 0.90))
         out.append((f"stage {stage}: initialize s", ours.initialize_s, 0.5))
         out.append((f"stage {stage}: import s", statistics.median(ours.imports), 0.4))
+    return out + stage3_targets(results)
+
+
+def stage3_targets(results: dict[str, Result]) -> list[tuple[str, float | None, float]]:
+    """As :func:`targets`, for parameters partitioned: against those who partition them, too."""
+    ours, fsdp2, reference = (results.get(name) for name in ("ours3", "fsdp2", "reference3"))
+    out: list[tuple[str, float | None, float]] = []
+    if ours is not None and fsdp2 is not None:
+        out.append(("stage 3: step / fsdp2", ratio(results, "ours3", "fsdp2"), 0.95))
+        out.append(("stage 3: resident MiB, fsdp2", ours.rss / 2**20, fsdp2.rss / 2**20))
+    if ours is not None and reference is not None:
+        out.append(("stage 3: step / reference", ratio(results, "ours3", "reference3"), 0.88))
+        out.append(("stage 3: resident MiB, reference", ours.rss / 2**20, 0.75 * reference.rss / 2**20))
     return out
 
 
@@ -304,6 +317,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", help=f"comma-separated, of {', '.join(KNOWN)}")
     parser.add_argument("--stages", default="0,1,2", help="stages of ours and reference when --candidates is not given")
+    parser.add_argument("--stage", type=int, help="one stage, short for --stages")
     parser.add_argument("--reference-python", default="", help="interpreter of a venv that has the released package")
     parser.add_argument("--ours-path", type=Path, default=HERE.parent, help="folder that holds our deepspeed/")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -321,6 +335,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", default="{}", help="JSON put over the DeepSpeed config of ours and reference")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args()
+    if args.stage is not None:
+        args.stages = str(args.stage)
     if args.candidates is None:
         names = ["ddp", "fsdp2", *(f"ours{s}" for s in args.stages.split(","))]
         if args.reference_python:

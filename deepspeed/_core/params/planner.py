@@ -27,6 +27,14 @@ class Budget:
     """Keep what is used again before so many elements have been used."""
     prefetch: int
     """Gathered ahead of use."""
+    follow_units: bool = False
+    """Bound prefetching by two of the largest uses and reuse by one, for a small live set whatever the model's size."""
+
+    def for_largest(self, numel: int) -> Budget:
+        """The limits for uses of at most so many elements."""
+        if not self.follow_units:
+            return self
+        return Budget(self.max_live, min(self.max_reuse_distance, numel), min(self.prefetch, 2 * numel))
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ def make_plan(
 
     ``numels`` maps a parameter to its elements.
     """
-    sim = _Simulation(uses, members, numels, budget)
+    largest = max((sum(numels[p] for p in members[unit]) for unit in uses), default=0)
+    sim = _Simulation(uses, members, numels, budget.for_largest(largest))
     for at, unit in enumerate(uses):
         own = set(members[unit])
         missing = [p for p in members[unit] if p not in sim.live]

@@ -26,19 +26,19 @@ __all__ = ["DeepSpeedZeRoOffload", "budget_of", "limits_of", "mark_persistent", 
 _SMALLEST_UNIT_BOUND = 1 << 24
 
 
-def budget_of(zero: DeepSpeedZeroConfig, handles: Iterable[ParamHandle]) -> Budget:
+def budget_of(zero: DeepSpeedZeroConfig) -> Budget:
     """Limits on gathered parameters.
 
-    ``max_reuse_distance`` keeps parameters from forward to backward if the model is smaller than it. If neither it nor
-    ``max_live_parameters`` is given, parameters are released after the forward, but for the last ones.
+    ``max_reuse_distance`` keeps parameters from forward to backward if the model is smaller than it. Where none of the
+    three keys is given, their documented defaults would keep any model of less than a billion parameters whole; then
+    parameters are released after the forward, but for the last ones, and two units are fetched ahead.
     """
-    given = zero.model_fields_set
-    frugal = "max_reuse_distance" not in given and "max_live_parameters" not in given
-    largest = max((h.numel for h in handles), default=0)
+    keys = {"max_reuse_distance", "max_live_parameters", "prefetch_bucket_size"}
     return Budget(
         max_live=zero.max_live_parameters,
-        max_reuse_distance=largest if frugal else zero.max_reuse_distance,
+        max_reuse_distance=zero.max_reuse_distance,
         prefetch=zero.prefetch_bucket_size,
+        follow_units=not keys & zero.model_fields_set,
     )
 
 
@@ -111,7 +111,7 @@ class DeepSpeedZeRoOffload:
     ) -> None:
         self.module = module
         self.topology = topology
-        self.coordinator = Coordinator(handles, budget_of(zero, handles), topology.secondary)
+        self.coordinator = Coordinator(handles, budget_of(zero), topology.secondary)
         self._hooks = ModelHooks(module, self.coordinator, limits_of(zero))
         self.param_coordinator = _TraceView(self.coordinator)
 
