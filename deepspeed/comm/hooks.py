@@ -89,7 +89,11 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
         if hook is None and not watched:
             return function(*args, **kwargs)
         group = args[place] if len(args) > place else kwargs.get("group")
-        with record.operation(function.__name__, args, group) if watched else contextlib.nullcontext():
+        with (
+            record.operation(function.__name__, args or tuple(kwargs.values()), group)
+            if watched
+            else contextlib.nullcontext()
+        ):
             if hook is None:
                 return function(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments

@@ -399,7 +399,9 @@ def _older_torch(rank, world):
     assert other is not base and type(other) is type(base)
     other.set(f"hello{rank}", "there")
     comm.barrier()
-    return [other.get(f"hello{r}") for r in range(world)]
+    seen = [other.get(f"hello{r}") for r in range(world)]
+    comm.barrier()  # the store may go with rank 0
+    return seen
 
 
 @pytest.mark.parametrize("store", ["file", "tcp"])
@@ -409,6 +411,32 @@ def test_second_connection_without_clone(store):
     else:
         ranks = run_scripts(_older_torch, 2, store="tcp")
         assert [r.code for r in ranks] == [0, 0], ranks
+
+
+class _Event:
+    """A device's event that is never reached."""
+
+    def record(self):
+        pass
+
+    def query(self):
+        return False
+
+
+def _on_the_device(rank, world):
+    evidence.make_device_mark = lambda: evidence.DeviceMark(_Event())
+    _steps(rank)
+    with doctor.collective("reduce_scatter" if rank else "all_gather", 4):
+        pass  # as NCCL's operations: the host goes on, and stops where it needs the result
+    time.sleep(1.5 * TIMEOUT_S)
+
+
+def test_a_hang_on_the_device_is_told_and_left_to_others():
+    ranks = run_scripts(_on_the_device, 2, **SOON)
+    assert [r.code for r in ranks] == [0, 0]
+    assert "not for the same, and a device has not finished its operation" in _headline(ranks[0])
+    assert "in all_gather on the device" in _row(ranks[0], 0)
+    assert "in reduce_scatter on the device" in _row(ranks[0], 1)
 
 
 def _bytes(rank, world):

@@ -101,6 +101,34 @@ def test_a_lost_peer_is_told_once_all_had_time_to_speak():
     assert judged(sight(0), lost, sight(2, State.COMPUTING, fresh=False, silent=3.0)).kind is Kind.LOST_PEER
 
 
+def test_a_device_may_still_compute():
+    assert judged(sight(0), sight(1, count=58, on_device=True)).kind is Kind.STALLED
+    lost = sight(1, State.RAISED)
+    assert judged(sight(0, on_device=True, unmoved=9.9), lost).kind is not Kind.LOST_PEER
+    assert judged(sight(0, on_device=True, unmoved=T), lost).kind is Kind.LOST_PEER
+
+
+def test_a_device_mark_never_fails_the_training():
+    class Event:
+        recorded = 0
+
+        def record(self):
+            self.recorded += 1
+            if self.recorded == 2:
+                raise RuntimeError("no device any more")
+
+        def query(self):
+            return self.recorded == 0
+
+    mark = evidence.DeviceMark(Event())
+    assert not mark.is_behind()
+    mark.put()
+    assert mark.is_behind()
+    mark.put()
+    mark.put()
+    assert mark._event.recorded == 2 and not mark.is_behind()
+
+
 def test_the_cause_is_blamed_not_its_consequences():
     sights = {
         0: sight(0, State.RAISED, consequence=True, error="RuntimeError: Connection closed"),

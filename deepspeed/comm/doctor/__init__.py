@@ -10,7 +10,8 @@ The time is ``DS_HANG_TIMEOUT_S`` seconds, 10 by default, 0 for no doctor. A ran
 second, and marks around what blocks. Ranks talk through the rendezvous store, and only when one of them has waited for
 long. What a rank does is told with :func:`at` (or ``now``), what it waits for with :func:`waiting` and
 :func:`collective`; everything in :mod:`deepspeed.comm` is marked already, and unmarked calls of torch.distributed are
-recognised by their stack. On NCCL a wait does not block the host: only what does (a barrier) counts as one.
+recognised by their stack. NCCL's operations do not block the host: that the device has not come to the end of the last
+one is seen and told as well, but ends nothing, since it may be computing; NCCL's own watchdog ends such a hang.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def _timeout(given: float | None) -> float:
 def _forget() -> None:
     """In a forked child: the doctor's thread is the parent's, and so are its words."""
     _process.doctor, _process.users = None, 0
-    now.on, now.on_failure, now.page = False, None, None
+    now.reset()
     now.waits.clear()
 
 

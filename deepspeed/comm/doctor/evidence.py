@@ -10,10 +10,24 @@ import sys
 import traceback
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["birth_of", "host_id", "is_gone", "position_of", "sockets", "stack_of", "tcp_nbytes", "torch_operation"]
+from ...accelerator import get_accelerator
+
+__all__ = [
+    "DeviceMark",
+    "birth_of",
+    "host_id",
+    "is_gone",
+    "make_device_mark",
+    "position_of",
+    "sockets",
+    "stack_of",
+    "tcp_nbytes",
+    "torch_operation",
+]
 
 #: In Linux's ``struct tcp_info``: two 64-bit counters of the bytes that the peer has acknowledged and that have come.
 _TCP_COUNTERS_AT = 120
@@ -87,6 +101,35 @@ def torch_operation(thread: int) -> str:
             name = frame.f_code.co_name
         frame = frame.f_back
     return name
+
+
+class DeviceMark:
+    """A place in the queue of the current device stream, moved on with every :meth:`put`."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+        self._works = True
+
+    def put(self) -> None:
+        """Called by the thread that trains, so it must not fail: it gives up instead."""
+        if self._works:
+            try:
+                self._event.record()
+            except RuntimeError:
+                self._works = False
+
+    def is_behind(self) -> bool:
+        """Whether the device has not come to the last :meth:`put` yet."""
+        try:
+            return self._works and not self._event.query()
+        except RuntimeError:  # e.g. during the capture of a graph
+            return False
+
+
+def make_device_mark() -> DeviceMark | None:
+    """``None`` where operations block the host, so that a wait that has returned is over."""
+    accelerator = get_accelerator()
+    return None if accelerator.is_synchronized_device() else DeviceMark(accelerator.Event())
 
 
 def sockets() -> Iterator[tuple[int, socket.socket]]:

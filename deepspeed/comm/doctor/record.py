@@ -14,27 +14,13 @@ from typing import Any
 import torch
 
 from .blackbox import Page
+from .evidence import DeviceMark
 
 __all__ = ["Now", "Wait", "at", "collective", "now", "operation", "waiting"]
 
 
 class Now:
     """The present moment of this process. Write the first four from anywhere; the rest belongs to this file."""
-
-    __slots__ = (
-        "count",
-        "module",
-        "moves",
-        "nbytes",
-        "on",
-        "on_failure",
-        "op",
-        "page",
-        "parameter",
-        "phase",
-        "step",
-        "waits",
-    )
 
     def __init__(self) -> None:
         #: Optimizer steps that this rank has finished; -1 where nothing tells.
@@ -57,8 +43,14 @@ class Now:
         self.on = False
         #: Where the last collective is noted for those who outlive this process.
         self.page: Page | None = None
+        #: Put on the device's queue after each wait, where a wait does not block the host (NCCL).
+        self.device: DeviceMark | None = None
         #: Gets an exception that ends a wait.
         self.on_failure: Callable[[BaseException], None] | None = None
+
+    def reset(self) -> None:
+        """Nobody reads this any more."""
+        self.on, self.on_failure, self.page, self.device = False, None, None, None
 
 
 now = Now()
@@ -88,6 +80,9 @@ class Wait:
             now.waits.remove(self)
         if error is None:
             now.moves += 1
+            device = now.device
+            if device is not None:
+                device.put()
         elif now.on_failure is not None:
             now.on_failure(error)
 
@@ -134,7 +129,7 @@ def collective(op: str, nbytes: int = 0, group: Any = None, detail: str = "") ->
 
 def operation(op: str, args: tuple[Any, ...], group: Any) -> Wait | contextlib.nullcontext[None]:
     """:func:`collective` for a call of torch.distributed's style, whose buffers come first."""
-    return collective(op, max((_nbytes(value) for value in args[:2]), default=0), group)
+    return collective(op, 0 if now.waits else max((_nbytes(value) for value in args[:2]), default=0), group)
 
 
 def _nbytes(value: Any) -> int:

@@ -6,7 +6,8 @@
 - *Deadlock*: every rank that is left waits, none has moved for a while (no operation, no Python code, no bytes on its TCP
   connections), and they do not all wait for the same: operations that do not match can never complete.
 
-A rank that computes may come. All ranks in the same operation may have a slow network. Neither is ended, only named.
+A rank that computes may come. All ranks in the same operation may have a slow network. A device's queue may hold long
+computations before the operation that it has not finished. None of these is ended, only named.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Status:
     detail: str = ""
     group: tuple[int, ...] = ()
     waited_s: float = 0.0
+    #: Whether it is the device that has not come to the end of an operation; it may still compute before that.
+    on_device: bool = False
     #: Changes whenever the rank was seen to move; ``sure``: moving bytes would have been seen, too.
     moves: int = 0
     sure: bool = True
@@ -114,7 +117,7 @@ class Kind(enum.Enum):
     DEADLOCK = "the ranks wait for different things, none of which can happen"
     SLOW = "some ranks compute while others wait for them"
     SILENT = "some ranks do not answer"
-    STALLED = "all ranks wait for the same operation, but nothing moves"
+    STALLED = "all ranks wait, but it is not certain that they always will"
 
     @property
     def fatal(self) -> bool:
@@ -142,7 +145,8 @@ def judge(sights: Mapping[int, Sight], world_size: int, timeout_s: float) -> Ver
     lost = [r for r, s in sights.items() if s.state.final]
     for rank in waiting:
         awaited = [r for r in lost if not sights[rank].status.group or r in sights[rank].status.group]
-        if awaited and sights[rank].unmoved_s >= timeout_s / 10 and all_heard(sights, timeout_s):
+        settled_s = timeout_s if sights[rank].status.on_device else timeout_s / 10
+        if awaited and sights[rank].unmoved_s >= settled_s and all_heard(sights, timeout_s):
             return blame(sights)
     if not waiting:
         return Verdict(Kind.NOTHING)
@@ -156,7 +160,7 @@ def judge(sights: Mapping[int, Sight], world_size: int, timeout_s: float) -> Ver
     slow = tuple(r for r in left if r not in waiting)
     if slow:
         return Verdict(Kind.SLOW, slow, waiting)
-    if _agree([sights[r].status for r in waiting]):
+    if _agree([sights[r].status for r in waiting]) or any(sights[r].status.on_device for r in waiting):
         return Verdict(Kind.STALLED, (), waiting)
     sure = all(sights[r].status.sure for r in waiting)
     unmoved = all(sights[r].unmoved_s >= (timeout_s / 5 if sure else timeout_s) for r in waiting)
@@ -234,6 +238,7 @@ def _row(rank: int, sight: Sight | None, marked: bool) -> tuple[str, ...]:
     status, state = sight.status, sight.state.value
     if sight.state is State.WAITING:
         inside = f" in {status.waits_for}" if status.waits_for else ""
+        inside += " on the device" if status.on_device else ""
         state = f"waiting {status.waited_s:.1f} s{inside}{f' ({status.detail})' if status.detail else ''}"
     elif sight.state is State.RAISED:
         state = f"raised {status.error}"
@@ -285,7 +290,9 @@ def _headline(verdict: Verdict, sights: Mapping[int, Sight]) -> str:
             f"{waiting} {wait}, and there is no answer from {who}: stopped, unreachable, or in one long call that "
             "keeps Python's lock"
         )
-    return f"{verdict.kind.value}: a slow or broken network?"
+    if _agree([sights[r].status for r in verdict.waiting]):
+        return "all ranks wait for the same operation, and nothing moves: a slow or broken network?"
+    return "all ranks wait, not for the same, and a device has not finished its operation"
 
 
 def _hint(verdict: Verdict, sights: Mapping[int, Sight]) -> str:

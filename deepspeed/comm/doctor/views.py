@@ -24,13 +24,15 @@ _MOVED_NBYTES = 1 << 16
 class OwnView:
     """What can be seen of the thread that makes this object; looked at from the doctor's thread."""
 
-    def __init__(self, except_port: int | None) -> None:
+    def __init__(self, except_port: int | None, ask_device_after_s: float) -> None:
+        self._ask_device_after_s = ask_device_after_s
         self.rank = dist.get_rank()
         self.thread = threading.get_ident()
         self.host, self.pid = evidence.host_id(), os.getpid()
         self._birth = evidence.birth_of(self.pid)
         self._world, self._except_port = dist.group.WORLD, except_port
         self.page = make_page()
+        self.device = evidence.make_device_mark()
         #: When a wait last ended, and when anything at all moved.
         self.communicated_at_s = self.moved_at_s = time.monotonic()
         #: Marks seen up to the last look.
@@ -102,7 +104,17 @@ class OwnView:
             # A call of torch.distributed that nobody marked.
             waited_s = clock_s - self._unmarked_since_s
             status = dataclasses.replace(status, state=State.WAITING, waits_for=self._unmarked[0], waited_s=waited_s)
+        elif self._device_is_behind(clock_s):
+            waited_s = clock_s - self.communicated_at_s
+            status = dataclasses.replace(
+                status, state=State.WAITING, waits_for=now.op, waited_s=waited_s, on_device=True
+            )
         return dataclasses.replace(status, **said)
+
+    def _device_is_behind(self, clock_s: float) -> bool:
+        """Asked late, since asking disturbs some things that devices do, and a queue is usually a step long."""
+        quiet = clock_s - self.communicated_at_s >= self._ask_device_after_s
+        return quiet and self.device is not None and self.device.is_behind()
 
     def sight(self, status: Status) -> Sight:
         return Sight(status, unmoved_s=time.monotonic() - self.moved_at_s)

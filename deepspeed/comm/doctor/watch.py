@@ -48,7 +48,7 @@ class Doctor:
         self.timeout_s = timeout_s
         self._board: Board | None = board
         self._world, self._world_size = dist.group.WORLD, dist.get_world_size()
-        self._own = OwnView(board.port)
+        self._own = OwnView(board.port, WAITED * timeout_s)
         self._others = OthersView(self._own)
         self._rank, self._pid = self._own.rank, self._own.pid
         self._stop = threading.Event()
@@ -73,13 +73,14 @@ class Doctor:
         board.post(self._own.status())
         now.waits.clear()
         now.on, now.on_failure, now.page = True, self._on_failure, self._own.page
+        now.device = self._own.device
         sys.excepthook = self._hook
         atexit.register(self._at_exit)
         self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread, gives the store's connection back and takes the hooks out."""
-        now.on, now.on_failure, now.page = False, None, None
+        now.reset()
         if sys.excepthook == self._hook:
             sys.excepthook = self._previous_hook
         atexit.unregister(self._at_exit)
@@ -270,7 +271,7 @@ class Doctor:
 
     def finished(self) -> None:
         """Tells the other ranks that this one's program has ended, and ends the doctor."""
-        now.on, now.on_failure, now.page = False, None, None
+        now.reset()
         if self._final is None:
             self._say(State.FINISHED)
             self._linger(_LINGER_S)
