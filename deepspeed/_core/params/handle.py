@@ -69,6 +69,8 @@ class ParamHandle:
         """Whether the whole data, while it is there, has every bit of the shards."""
         self.born_empty = False
         """Made from a parameter without data (on the meta device): NaN until somebody writes it."""
+        self.trained = False
+        """Whether the shard is a part of an engine's buffers."""
         self.packed: QuantisedShard | None = None
         """Holds the shard in 8 bits, in the place of ``ds_tensor``."""
         self._param = weakref.ref(param)
@@ -222,20 +224,37 @@ class ParamHandle:
         """Where the whole data lies now; 0 while released. Views of the parameter have the same."""
         return self.full.untyped_storage().data_ptr() if self.available and self.numel else 0
 
-    def check_poison(self) -> None:
-        """Raises if somebody wrote to the released parameter, see [Note: true shapes]. Reads one element."""
+    def check_untouched(self) -> None:
+        """Raises if somebody wrote to the released parameter, see [Note: true shapes]. Reads one element.
+
+        A cast of the module (``half()``, ``to(dtype)``) is carried out on the shard, unless an engine trains it.
+        """
         poison = self._poison
-        if poison.device.type != "cpu" or not poison.is_floating_point() or poison.isnan().item():
+        if self.param.data_ptr() != poison.data_ptr():
+            self._settle_replaced()
+        elif poison.device.type == "cpu" and poison.is_floating_point() and not poison.isnan().item():
+            poison.fill_(float("nan"))
+            raise RuntimeError(
+                f"parameter {self.label} was written to while it was partitioned, and the value is lost: write inside "
+                "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`"
+            )
+
+    def _settle_replaced(self) -> None:
+        data = self.param.data
+        self._hide()
+        cast = data.shape == self.shape and data.device == self._poison.device and data.dtype != self.dtype
+        if cast and data.is_floating_point() and data.view(-1)[0].isnan().item() and not self.trained:
+            self.adopt(self.shard.to(data.dtype))
             return
-        poison.fill_(float("nan"))
+        was = f"{data.dtype} data of shape {tuple(data.shape)} on {data.device}"
         raise RuntimeError(
-            f"parameter {self.label} was written to while it was partitioned, and the value is lost: write inside "
-            "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`"
+            f"parameter {self.label} was given {was} while it was partitioned, and that is lost. To change its values, "
+            "assign inside `with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`; to change its shape, put a "
+            "new parameter into the module; dtype and device of what an engine trains come from its config"
         )
 
     def prepare(self) -> GatherItem | PackedItem:
         """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`."""
-        self.check_poison()
         if self.on_change is not None:
             self.on_change(self, True)
         if self.packed is not None:
@@ -268,14 +287,20 @@ class ParamHandle:
     def allocate(self) -> torch.Tensor:
         """Whole data with unknown content, without communication: for someone who fills all of it. Returns ``full``."""
         if self._status is ZeroParamStatus.NOT_AVAILABLE:
+            self.check_untouched()
             self.prepare()
             self._show(self.full)
         return self.full
 
     def detach_copy(self) -> None:
-        """Makes the available data a copy, where it is the shard itself (world size 1), so that edits get lost."""
-        if self._full is None and self.available:
+        """Makes the available data a copy that belongs to nobody else: edits get lost at :meth:`show_again`."""
+        with torch.inference_mode(False):
             self.param.data = self.param.data.clone()
+
+    def show_again(self) -> None:
+        """Undoes :meth:`detach_copy`, and assignments to the parameter's data."""
+        if self.available:
+            self._show(self.full)
 
     def write_back(self) -> None:
         """Takes this rank's part of the whole data into the shard. No communication."""
@@ -320,7 +345,7 @@ class ParamHandle:
         param.data = param.data.clone()
         for name in [n for n in vars(param) if n.startswith("ds_")]:
             delattr(param, name)
-        for name in ("_ds_handle", "__deepcopy__", *_METHODS):
+        for name in ("_ds_handle", "__deepcopy__", "__reduce_ex__", *_METHODS):
             vars(param).pop(name, None)
 
 
@@ -359,6 +384,8 @@ def fetch(handles: Sequence[ParamHandle], *, exact: bool = False, secondary: Sec
     bits, whatever the transport; ``secondary``: from these copies (hpZ), where they are.
     """
     wanted = [h for h in handles if h._status is ZeroParamStatus.NOT_AVAILABLE]
+    for handle in wanted:  # before any of them takes memory
+        handle.check_untouched()
     total = sum(handle.numel for handle in wanted)
     if secondary is not None and not exact:
         near = [handle for handle in wanted if handle.id in secondary]
