@@ -46,6 +46,9 @@ __all__ = [
 DEFAULT_BUCKET_NUMEL = 1 << 23
 """Elements of a bucket when ``reduce_bucket_size`` is not given: small enough to overlap, large enough to amortise."""
 
+DEFAULT_BUCKET_NUMEL_STAGE_3 = 1 << 21
+"""The same for stage 3, where the buffers would otherwise outweigh the parameters that are gathered at a time."""
+
 AUTOCAST_SAFE_MODULES = ("torch.nn.Linear", "torch.nn.Conv1d", "torch.nn.Conv2d", "torch.nn.Conv3d")
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
@@ -318,7 +321,8 @@ def _reduce_policy(config: DeepSpeedConfig, world_size: int) -> ReducePolicy:
         gather_result=config.zero_optimization_stage == 0,
         overlap=bool(zero.overlap_comm),
         contiguous=zero.contiguous_gradients,
-        use_reduce_scatter=zero.reduce_scatter,
+        use_reduce_scatter=zero.reduce_scatter or config.zero_optimization_stage == 3,
+        keep_buffers=config.zero_optimization_stage < 3,
         pre_scale=pre,
         post_scale=1.0 / (world_size * pre),
     )
@@ -326,8 +330,9 @@ def _reduce_policy(config: DeepSpeedConfig, world_size: int) -> ReducePolicy:
 
 def _bucket_numel(config: DeepSpeedConfig) -> int:
     zero = config.zero_config
-    given = "reduce_bucket_size" in zero.model_fields_set
-    return max(1, zero.reduce_bucket_size) if given else min(DEFAULT_BUCKET_NUMEL, zero.reduce_bucket_size)
+    if "reduce_bucket_size" in zero.model_fields_set:
+        return max(1, zero.reduce_bucket_size)
+    return DEFAULT_BUCKET_NUMEL_STAGE_3 if zero.stage == 3 else DEFAULT_BUCKET_NUMEL
 
 
 def make_scheduler(config: DeepSpeedConfig, lr_scheduler: Any, inner: torch.optim.Optimizer | None) -> Any:

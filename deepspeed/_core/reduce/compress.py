@@ -85,6 +85,9 @@ class _Delegating(Transport):
     def sum_scalars(self, values: torch.Tensor) -> torch.Tensor:
         return self.plain.sum_scalars(values)
 
+    def free_buffers(self) -> None:
+        self.plain.free_buffers()
+
     def global_rank(self, rank: int) -> int:
         return self.plain.global_rank(rank)
 
@@ -301,6 +304,10 @@ class GroupedReduce(_Delegating):
         if self.across.world_size > 1:
             self.across.sum_scalars(values).div_(self.across.world_size)
         return values
+
+    def free_buffers(self) -> None:
+        self.within.free_buffers()
+        self.across.free_buffers()
 
     def _room(self, numel: int) -> int:
         """Elements rounded up to a multiple of the replicas, as flat all-reduces need."""

@@ -51,6 +51,8 @@ class ReducePolicy:
     """``contiguous_gradients``: copy a gradient to its bucket when it is made, not when the bucket is sent."""
     use_reduce_scatter: bool = True
     """``reduce_scatter``: false sends everything to everyone, as an all-reduce."""
+    keep_buffers: bool = True
+    """Keep the memory of buffers from step to step. Stage 3 gives it back: after a step it holds its shards only."""
     pre_scale: float = 1.0
     """Factor before the sum over ranks (``prescale_gradients``, ``gradient_predivide_factor``)."""
     post_scale: float = 1.0
@@ -184,6 +186,9 @@ class GradReducer:
                 self._give_back(bucket)
             for slot in bucket.slots:
                 slot.param.grad = None
+        if not self.policy.keep_buffers:
+            self._pool = []
+            self.transport.free_buffers()
 
     def detach(self) -> None:
         """Removes the hooks and frees the buffers. Idempotent."""

@@ -127,6 +127,9 @@ class Transport(abc.ABC):
             dist.all_reduce(values, group=self.group)
         return values
 
+    def free_buffers(self) -> None:
+        """Gives back memory that was kept for the next reductions. Not collective; nothing may be in flight."""
+
     def global_rank(self, rank: int) -> int:
         """The global rank of ``rank`` of this group."""
         return rank if self.group is None else torch_dist.get_global_rank(self.group, rank)
@@ -240,6 +243,9 @@ class _PointToPoint(Transport):
             self.all_gather(full, limit_numel=full.numel()).wait()
 
         return Pending(finish=finish, keep_alive=[full], **self._what("all_reduce", full))
+
+    def free_buffers(self) -> None:
+        self._free.clear()
 
     def _borrow(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
         free = self._free.setdefault((dtype, numel), [])
