@@ -1,8 +1,8 @@
 """Saving and loading an engine, in the documented folder layout.
 
-``save_dir/<tag>/`` holds one model file and, with ZeRO, one optimizer file a rank; ``save_dir/latest`` names the newest
-tag and is written last; ``save_dir/zero_to_fp32.py`` recovers fp32 weights without this package. Every file appears
-complete or not at all. An error on one rank is raised on all of them.
+``save_dir/<tag>/`` holds one model file (with ZeRO-3 one a rank) and, with ZeRO, one optimizer file a rank;
+``save_dir/latest`` names the newest tag and is written last; ``save_dir/zero_to_fp32.py`` recovers fp32 weights without
+this package. Every file appears complete or not at all. An error on one rank is raised on all of them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from deepspeed._core.ckpt.native import (
     read_latest,
 )
 from deepspeed._core.ckpt.reader import NativeZeroReader
+from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
+from deepspeed._core.params.handle import handle_of
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.comm.agreement import together
 from deepspeed.errors import CheckpointError
-from deepspeed.runtime import optimizer_state
+from deepspeed.runtime import optimizer_state, partitioned_state
+from deepspeed.runtime.zero.module_state import is_state_hook, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.version import __version__
 
@@ -89,6 +92,31 @@ class LoadWhat:
     custom_load_fn: Callable[..., Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that was found and read, but not loaded."""
+
+    path: Path
+    """The model file."""
+    state: dict[str, Any]
+    """Its content."""
+    reader: NativeZeroReader | None
+    """Optimizer state, if that is to be loaded."""
+    weights: PartitionedWeights | None
+    """Where the weights are, in a folder of stage 3."""
+
+    def entries(self) -> dict[str, Any]:
+        """The module's entries; partitioned ones as tensors of their true shapes, without data."""
+        module: dict[str, Any] = self.state["module"]
+        if self.weights is None:
+            return module
+        known = self.weights
+        return {
+            name: torch.empty(known.shape(name), dtype=value.dtype, device="meta") if name in known else value
+            for name, value in module.items()
+        }
+
+
 def _together(action: Callable[[], T]) -> T:
     return together(action, CheckpointError)
 
@@ -132,20 +160,23 @@ def save(
     _validate_tag(engine, chosen)
     _together(lambda: folder.mkdir(parents=True, exist_ok=True))
     flat = engine._flat
+    if flat is not None:
+        flat.settle_weights()
     partition = optimizer_state.partition_state(flat) if flat is not None and flat.stage > 0 else None
     rng = _gather(_rng_state(engine))
+    rank, _, writes = partitioned_state.shard_rank(engine)
     first = dist.get_rank(engine.dp_process_group) == 0
     staged: list[StagedFile] = []
 
     def write() -> None:
-        if first:
+        if writes and (first or engine._offload is not None):
             state = {**_model_state(engine, exclude_frozen), _RNG: rng, **client_state}
-            staged.append(stage_save(state, folder / model_states_name(_mp_rank(engine))))
+            staged.append(stage_save(state, folder / _model_name(engine, rank)))
             if refused_names(staged[-1].scratch):
                 _refuse_objects(state)
-        if partition is not None:
+        if writes and partition is not None:
             content = {"optimizer_state_dict": partition, "ds_config": _plain_config(engine), "ds_version": __version__}
-            staged.append(stage_save(content, folder / _optim_name(engine, dist.get_rank(engine.dp_process_group))))
+            staged.append(stage_save(content, folder / _optim_name(engine, rank)))
             if refused_names(staged[-1].scratch):
                 _refuse_objects({"optimizer": partition})
 
@@ -195,6 +226,10 @@ def _refuse_objects(state: Mapping[str, Any]) -> None:
     )
 
 
+def _model_name(engine: DeepSpeedEngine, rank: int) -> str:
+    return model_states_name(_mp_rank(engine), dp_rank=rank if engine._offload is not None else None)
+
+
 def _optim_name(engine: DeepSpeedEngine, dp_rank: int) -> str:
     return optim_states_name(dp_rank, bf16=engine.bfloat16_enabled(), mp_rank=_mp_rank(engine))
 
@@ -215,14 +250,22 @@ def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
     module, flat = engine.module, engine._flat
     trained = {slot.param for slot in flat.slots()} if flat is not None else set()
     names = {param: name for name, param in module.named_parameters()}
-    weights = clone_tensors_for_torch_save(engine.module_state_dict(exclude_frozen_parameters=exclude_frozen))
+    handles = named_handles(module)
+    weights = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    if handles:
+        partitioned_state.check_written({name: handle for name, handle in handles.items() if name in weights})
+        weights = partitioned_state.without_data(weights, handles)
+    weights = clone_tensors_for_torch_save(weights)
     frozen = [name for param, name in names.items() if param not in trained and name in weights]
     shared = {
         name: names[param]
         for name, param in module.named_parameters(remove_duplicate=False)
-        if names[param] != name and param in trained
+        if names[param] != name and (param in trained or name in handles) and name in weights
     }
-    zero = flat is not None and flat.stage > 0
+    # The tensors under "module" again, which costs no bytes in the file; of partitioned ones this rank's piece.
+    fragments = OrderedDict((n, weights[n]) for n in frozen if n not in handles)
+    fragments.update(partitioned_state.fragments(handles, [n for n in frozen if n in handles]))
+    zero = engine._offload is not None or (flat is not None and flat.stage > 0)
     scheduler = engine.lr_scheduler
     mpu_size = getattr(engine.mpu, "get_model_parallel_world_size", None)
     mp_size = int(mpu_size()) if mpu_size is not None else 1
@@ -231,10 +274,9 @@ def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
         "buffer_names": [name for name, _ in module.named_buffers()],
         "optimizer": optimizer_state.whole_state(flat, weights) if flat is not None and not zero else None,
         "param_shapes": optimizer_state.group_shapes(flat) if flat is not None else None,
-        "frozen_param_shapes": OrderedDict((n, weights[n].shape) for n in frozen) if frozen else None,
+        "frozen_param_shapes": OrderedDict((names[p], p.shape) for p in names if names[p] in frozen) or None,
         "shared_params": shared,
-        # The tensors under "module" again, which costs no bytes in the file.
-        "frozen_param_fragments": OrderedDict((n, weights[n]) for n in frozen) if zero and frozen else None,
+        "frozen_param_fragments": fragments if zero and frozen else None,
         "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "data_sampler": None,
         "random_ltd": None,
@@ -242,7 +284,7 @@ def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
         "skipped_steps": engine.skipped_steps,
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
-        "dp_world_size": engine.dp_world_size,
+        "dp_world_size": partitioned_state.shard_rank(engine)[1],
         "mp_world_size": mp_size,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": mp_size},
         "ds_config": _plain_config(engine),
@@ -278,14 +320,20 @@ def _set_rng_state(engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
 
 
 def _remove_stale(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Optimizer files of an earlier save under the same tag, by more ranks, by another stage or in another precision."""
-    flat = engine._flat
-    wanted = set()
+    """Files of an earlier save under the same tag, by more ranks, by another stage or in another precision."""
+    flat, mp_rank = engine._flat, _mp_rank(engine)
+    _, ranks, _ = partitioned_state.shard_rank(engine)
+    wanted = {_model_name(engine, rank) for rank in range(ranks)}
     if flat is not None and flat.stage > 0:
-        wanted = {_optim_name(engine, rank) for rank in range(engine.dp_world_size)}
-    for path in folder.glob(f"*zero_pp_rank_*_mp_rank_{_mp_rank(engine):02d}_optim_states.pt"):
-        if path.name not in wanted:
-            path.unlink()
+        wanted |= {_optim_name(engine, rank) for rank in range(ranks)}
+    own = f"mp_rank_{mp_rank:02d}"
+    for pattern in (f"*zero_pp_rank_*_{own}_optim_states.pt", f"zero_pp_rank_*_{own}_model_states.pt"):
+        for path in folder.glob(pattern):
+            if path.name not in wanted:
+                path.unlink()
+    whole = model_states_name(mp_rank)
+    if whole not in wanted:
+        (folder / whole).unlink(missing_ok=True)
 
 
 def _copy_script(root: Path) -> None:
@@ -295,6 +343,12 @@ def _copy_script(root: Path) -> None:
 
 def save_weights(engine: DeepSpeedEngine, save_dir: str, filename: str, exclude_frozen: bool) -> bool:
     """See ``DeepSpeedEngine.save_16bit_model``."""
+    if not _may_gather(engine):
+        log_dist(
+            f"save_16bit_model did not save {filename}: {_GATHER_OFF}",
+            level=logging.WARNING,
+        )
+        return False
     state = consolidated(engine, exclude_frozen)
 
     def write() -> None:
@@ -306,14 +360,39 @@ def save_weights(engine: DeepSpeedEngine, save_dir: str, filename: str, exclude_
     return True
 
 
+_GATHER_OFF = (
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save is false, and so no rank may hold the whole model. Set it "
+    "to true, or use save_checkpoint and zero_to_fp32.py"
+)
+
+
+def _may_gather(engine: DeepSpeedEngine) -> bool:
+    return engine._offload is None or bool(engine.zero_gather_16bit_weights_on_model_save())
+
+
 def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any] | None:
-    """The module's state dict as compact CPU tensors on rank 0, None elsewhere. Collective by contract."""
-    if dist.get_rank() != 0:
+    """The module's state dict as compact CPU tensors in the model's dtype on rank 0, None elsewhere. Collective.
+
+    With ZeRO-3, rank 0 holds the result and nothing more; the others need no memory.
+
+    Raises:
+        ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``; an entry has no data.
+    """
+    if not _may_gather(engine):
+        raise ValueError(f"the weights cannot be put together: {_GATHER_OFF}")
+    if engine._offload is None and dist.get_rank() != 0:
         return None
-    state: dict[str, Any] = clone_tensors_for_torch_save(
-        engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
-    )
-    return state
+    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    if engine._offload is None:
+        return cast("dict[str, Any]", clone_tensors_for_torch_save(state))
+
+    def check() -> None:
+        handles = named_handles(engine.module)
+        partitioned_state.check_written({name: handle for name, handle in handles.items() if name in state})
+        partitioned_state.without_data(state, handles)
+
+    _together(check)
+    return partitioned_state.collect_weights(engine.module, state)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -339,57 +418,75 @@ def load(
     if folder is None:
         warning_once(f"{load_dir} has no '{LATEST}' file and no tag was given: nothing loaded")
         return None, None
-    path, state, reader = _together(lambda: _open(engine, folder, what))
-    flat = engine._flat
-    _together(lambda: _check_module(engine, state, path, what))
+    opened = _together(lambda: _open(engine, folder, what))
+    flat, reader = engine._flat, opened.reader
+    _together(lambda: _check_module(engine, opened, what))
     if reader is not None and flat is not None:
         _together(lambda: optimizer_state.check_matches(flat, reader))
+    if flat is not None:
+        flat.settle_weights()
     # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
-    undo = _together(lambda: _load_scheduler(engine, state, what))
+    undo = _together(lambda: _load_scheduler(engine, opened.state, what))
     try:
-        _together(lambda: _load_module(engine, state, what))
+        _together(lambda: _load_module(engine, opened, what))
     except BaseException:
         undo()
         raise
     if reader is not None and flat is not None:
         _together(lambda: optimizer_state.load_into(flat, reader))
-        if engine.zero_load_from_fp32_weights() or flat.stage == 0:
-            flat.publish_weights()
-        else:
-            flat.refresh_master()
+        _agree_on_weights(engine, opened)
+    if engine._offload is not None:
+        engine._offload.refresh()
     if flat is not None:
         flat.zero_grad()
-    _together(lambda: _load_run(engine, state, what))
+    _together(lambda: _load_run(engine, opened.state, what))
     engine.loaded_checkpoint_tag = folder.name
     log_dist(f"loaded checkpoint {folder}")
-    client_state = {key: value for key, value in state.items() if key not in _OWN_KEYS}
+    client_state = {key: value for key, value in opened.state.items() if key not in _OWN_KEYS}
     # Clones, since the tensors are views of a file that may be removed.
-    return str(path), clone_tensors_for_torch_save(client_state)
+    return str(opened.path), clone_tensors_for_torch_save(client_state)
 
 
-def _open(
-    engine: DeepSpeedEngine, folder: Path, what: LoadWhat
-) -> tuple[Path, dict[str, Any], NativeZeroReader | None]:
-    mp_rank = _mp_rank(engine)
-    path = model_states_path(folder, mp_rank)
-    state = load_file(path)
+def _agree_on_weights(engine: DeepSpeedEngine, opened: _Opened) -> None:
+    """After the masters were loaded: they, or the weights in the model's dtype, are what counts. Collective."""
+    flat = engine._require_optimizer("load_checkpoint")
+    from_masters = engine.zero_load_from_fp32_weights() or flat.stage == 0
+    if from_masters or opened.weights is not None:  # stage 3 folders hold no other weights
+        flat.publish_weights()
+    if not from_masters:
+        flat.refresh_master()
+
+
+def _open(engine: DeepSpeedEngine, folder: Path, what: LoadWhat) -> _Opened:
+    partitioned_state.check_released(named_handles(engine.module))
+    mp_rank, flat = _mp_rank(engine), engine._flat
+    weights = PartitionedWeights(folder, mp_rank) if is_partitioned(folder, mp_rank) else None
+    if weights is not None:
+        rank, ranks, _ = partitioned_state.shard_rank(engine)
+        # A rank's own buffers and client state, if there are as many ranks.
+        path, state = weights.model_file(rank if ranks == weights.world_size else 0)
+    else:
+        path = model_states_path(folder, mp_rank)
+        state = load_file(path)
     if not isinstance(state, dict) or not isinstance(state.get("module"), Mapping):
         raise CheckpointError(f"{path}: expected a dict with the model's weights under 'module'")
-    if not what.optimizer or engine._flat is None:
-        return path, state, None
+    if not what.optimizer or flat is None:
+        return _Opened(path, state, None, weights)
     if not optim_states_paths(folder, mp_rank) and not state.get("optimizer"):
         raise CheckpointError(
             f"{folder} holds no optimizer state (neither optimizer files nor an 'optimizer' entry in {path.name}); "
             "pass load_optimizer_states=False to load the weights only"
         )
-    names = [list(group) for group in optimizer_state.group_shapes(engine._flat)]
-    return path, state, NativeZeroReader(folder, param_names=names, mp_rank=mp_rank)
+    if weights is not None:
+        return _Opened(path, state, weights.reader, weights)
+    names = [list(group) for group in optimizer_state.group_shapes(flat)]
+    return _Opened(path, state, NativeZeroReader(folder, param_names=names, mp_rank=mp_rank), None)
 
 
-def _check_module(engine: DeepSpeedEngine, state: dict[str, Any], path: Path, what: LoadWhat) -> None:
+def _check_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> None:
     if what.custom_load_fn is not None or _loads_itself(engine.module):
         return
-    saved, mine = state["module"], engine.module.state_dict()
+    saved, mine = opened.entries(), engine.module.state_dict()
     problems = [
         f"{name!r} has shape {tuple(mine[name].shape)} in the model and {tuple(tensor.shape)} in the checkpoint"
         for name, tensor in saved.items()
@@ -401,27 +498,39 @@ def _check_module(engine: DeepSpeedEngine, state: dict[str, Any], path: Path, wh
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(
-            f"{path} is of another model: {'; '.join(problems[:10])}{more}. Nothing was loaded. Missing or extra names "
-            "are tolerated with load_module_strict=False"
+            f"{opened.path} is of another model: {'; '.join(problems[:10])}{more}. Nothing was loaded. Missing or "
+            "extra names are tolerated with load_module_strict=False"
         )
 
 
 def _loads_itself(module: torch.nn.Module) -> bool:
     """Whether a part of the module translates names or shapes on loading, so that comparing them proves nothing."""
     return any(
-        part._load_state_dict_pre_hooks
+        any(not is_state_hook(hook) for hook in part._load_state_dict_pre_hooks.values())
         or type(part)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
         or type(part).load_state_dict is not torch.nn.Module.load_state_dict
         for part in module.modules()
     )
 
 
-def _load_module(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> None:
+def _load_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> None:
     """Loads the weights; where they could not be checked before, a failure puts the old ones back."""
-    uncertain = what.custom_load_fn is not None or _loads_itself(engine.module)
-    before = [(t, t.detach().clone()) for t in _tensors_of(engine.module)] if uncertain else []
+    module, entries, weights = engine.module, opened.state["module"], opened.weights
+    uncertain = what.custom_load_fn is not None or _loads_itself(module)
+    if weights is not None and not uncertain:
+        module.load_state_dict({name: v for name, v in entries.items() if name not in weights}, strict=False)
+        # The masters bring the others.
+        flat = engine._flat
+        trained = {slot.name for slot in flat.slots()} if flat is not None and opened.reader is not None else set()
+        partitioned_state.load_weights(module, weights, skip=trained)
+        if flat is not None and opened.reader is None:
+            flat.refresh_master()
+        return
+    if weights is not None:
+        entries = partitioned_state.whole_state_dict(module, entries, weights)
+    before = [(t, t.detach().clone()) for t in _tensors_of(module)] if uncertain else []
     try:
-        engine.load_module_state_dict(state["module"], strict=what.strict, custom_load_fn=what.custom_load_fn)
+        engine.load_module_state_dict(entries, strict=what.strict, custom_load_fn=what.custom_load_fn)
     except BaseException:
         with torch.no_grad():
             for tensor, value in before:
@@ -430,7 +539,15 @@ def _load_module(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat)
 
 
 def _tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    """Where the module's values are; of partitioned parameters the shards, and the whole data while that is there."""
+    tensors: list[torch.Tensor] = [*module.buffers()]
+    for param in module.parameters():
+        handle = handle_of(param)
+        if handle is not None:
+            tensors.append(handle.param.ds_tensor)  # type: ignore[attr-defined]
+        if handle is None or handle.available:
+            tensors.append(param.data)
+    return tensors
 
 
 def _load_scheduler(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> Callable[[], None]:

@@ -456,6 +456,9 @@ class FlatOptimizer(DeepSpeedOptimizer):
         """Writes elements of a model weight (flat, from ``begin``), as far as this rank holds them."""
         slot.param.data.view(-1)[begin : begin + values.numel()].copy_(values)
 
+    def settle_weights(self) -> None:
+        """Takes back what users have bound elsewhere and may; no communication."""
+
     def weight_written(self, slot: Slot) -> None:
         """A weight's values were changed from outside: its master follows where they differ."""
 

@@ -1,20 +1,22 @@
 """A flat optimizer's state as checkpoint content, and back: which values, by which keys, for which group.
 
 Stages 1 and 2 store, for each optimizer group, one rank's contiguous piece of the group's concatenated parameters
-(``contiguous`` layout), whatever the buckets in memory are; stage 0 stores whole parameters.
+(``contiguous`` layout), whatever the buckets in memory are; stage 3 stores this rank's piece of each parameter, one after
+the other (``per_param``), which is what it holds; stage 0 stores whole parameters.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from deepspeed._core.ckpt.exchange import exchange
 from deepspeed._core.ckpt.reader import MASTER, NativeZeroReader, ZeroGroup
-from deepspeed._core.layout.spans import ShardLayout, bucketed, contiguous
+from deepspeed._core.layout.spans import ShardLayout, bucketed, contiguous, per_param
+from deepspeed._core.params.bucket import ShardBucket
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
@@ -58,16 +60,76 @@ def _split_state(flat: FlatOptimizer, bucket: Bucket) -> tuple[dict[str, torch.T
 
 
 def _bucket_layout(bucket: Bucket, world_size: int) -> ShardLayout:
+    if isinstance(bucket, ShardBucket):
+        return per_param({slot.name: slot.numel for slot in bucket.slots}, world_size)
     members = [(slot.name, slot.start, slot.numel) for slot in bucket.slots]
     return bucketed([members], [bucket.numel], world_size)
 
 
 def partition_state(flat: FlatOptimizer) -> dict[str, Any]:
-    """This rank's ``optimizer_state_dict`` of stages 1 and 2, on the CPU. Collective.
+    """This rank's ``optimizer_state_dict`` of stages 1 to 3, on the CPU. Collective.
 
     Raises:
         CheckpointError: the optimizer keeps state that is not elementwise, which no other cut of the group could use.
     """
+    return _per_param_state(flat) if flat.stage == 3 else _contiguous_state(flat)
+
+
+def _progress(flat: FlatOptimizer) -> dict[str, Any]:
+    return {
+        "loss_scaler": flat.loss_scaler.state_dict(),
+        "dynamic_loss_scale": flat.dynamic_loss_scale,
+        "overflow": flat.overflow,
+    }
+
+
+def _per_param_state(flat: FlatOptimizer) -> dict[str, Any]:
+    """Stage 3: what this rank holds, in flat sub-groups of at most ``sub_group_size`` elements; no communication."""
+    masters: list[torch.Tensor] = []
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(flat.param_groups):
+        buckets = [bucket for bucket in flat.buckets if bucket.group_index == index]
+        tiles = _tiles(buckets, flat.settings.sub_group_numel)
+        groups.append(_group_options(group, list(range(len(masters), len(masters) + len(tiles)))))
+        for tile in tiles:
+            held = [_split_state(flat, bucket) for bucket in tile]
+            entry = {key: _to_cpu(value) for _, scalars in held for key, value in scalars.items()}
+            for key in {key for tensors, _ in held for key in tensors}:
+                parts = zip(held, tile, strict=True)
+                entry[key] = _joined([t[key] if key in t else torch.zeros_like(b.master) for (t, _), b in parts])
+            if entry:
+                state[len(masters)] = entry
+            masters.append(_joined([bucket.master for bucket in tile]))
+    return {
+        "zero_stage": int(flat.stage),
+        **_progress(flat),
+        "partition_count": flat.transport.world_size,
+        "optimizer_state_dict": {"state": state, "param_groups": groups},
+        "fp32_flat_groups": masters,
+    }
+
+
+def _tiles(buckets: Sequence[Bucket], limit_numel: int) -> list[list[Bucket]]:
+    """Consecutive buckets of a group that are one flat vector in the file; at least one tile."""
+    tiles: list[list[Bucket]] = [[]]
+    numel = 0
+    for bucket in buckets:
+        if tiles[-1] and numel + bucket.shard_numel > limit_numel:
+            tiles.append([])
+            numel = 0
+        tiles[-1].append(bucket)
+        numel += bucket.shard_numel
+    return tiles
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other, on the CPU; in memory of its own, since a view drags its storage into the file."""
+    return torch.cat([part.detach().reshape(-1).cpu() for part in parts] or [torch.zeros(0)])
+
+
+def _contiguous_state(flat: FlatOptimizer) -> dict[str, Any]:
+    """Stages 1 and 2: this rank's part of each group's flat vector. Collective."""
     masters: list[torch.Tensor] = []
     state: dict[int, dict[str, Any]] = {}
     paddings: list[int] = []
@@ -101,9 +163,7 @@ def partition_state(flat: FlatOptimizer) -> dict[str, Any]:
         if entry:
             state[index] = entry
     return {
-        "loss_scaler": flat.loss_scaler.state_dict(),
-        "dynamic_loss_scale": flat.dynamic_loss_scale,
-        "overflow": flat.overflow,
+        **_progress(flat),
         "clip_grad": flat.settings.gradient_clipping,
         "base_optimizer_state": {
             "state": state,

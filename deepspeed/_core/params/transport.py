@@ -83,6 +83,39 @@ class ParamTransport(abc.ABC):
         else:
             dist.irecv(shard, self.global_rank(root), group=self.group, tag=_TAG_SCATTER).wait()
 
+    def collect(
+        self, shard: torch.Tensor, numel: int, out: torch.Tensor | None, *, key: int = 0, root: int = 0
+    ) -> Pending:
+        """Starts bringing all ``numel`` elements of a parameter to rank ``root`` (of the group), and to no other.
+
+        ``out``: there, 1-D with ``numel`` elements, maybe on the host; None elsewhere, where nothing is allocated.
+        """
+        size, tag = shard.numel(), _TAG_BASE + key % _TAG_COUNT
+        pieces = [(min(numel, rank * size), min(numel, (rank + 1) * size)) for rank in range(self.world_size)]
+        if self.rank != root:
+            begin, end = pieces[self.rank]
+            if begin == end:
+                return Pending()
+            own = shard[: end - begin]
+            work = dist.isend(own, self.global_rank(root), group=self.group, tag=tag)
+            return Pending([work], [own], op="send", nbytes=own.nbytes, group=self.group)
+        if out is None:
+            raise AssertionError("the root of a collection has nowhere to put it; please report this")
+        # Other devices cannot receive into host memory.
+        target, whole = out, out if out.device == shard.device else shard.new_empty(numel)
+        works = []
+        for rank, (begin, end) in enumerate(pieces):
+            if rank == root:
+                whole[begin:end].copy_(shard[: end - begin])
+            elif begin < end:
+                works.append(dist.irecv(whole[begin:end], self.global_rank(rank), group=self.group, tag=tag))
+
+        def copy_out() -> None:
+            if whole is not target:
+                target.copy_(whole)
+
+        return Pending(works, [whole], copy_out, op="recv", nbytes=whole.nbytes, group=self.group)
+
     def global_rank(self, rank: int) -> int:
         """The global rank of ``rank`` of this group."""
         return rank if self.group is None else torch_dist.get_global_rank(self.group, rank)

@@ -148,6 +148,12 @@ class DeepSpeedZeRoOffload:
         """Releases everything that is gathered, persistent parameters too; they come back when next used."""
         self._hooks.release_persistent()
 
+    def refresh(self) -> None:
+        """Makes what is whole follow the shards, after somebody wrote to those. Collective."""
+        self.coordinator.release_all()
+        self.coordinator.forget_copies()
+        self.coordinator.refresh_persistent()
+
     def destroy(self) -> None:
         """Removes the hooks; parameters stay partitioned. Idempotent."""
         self._hooks.detach()

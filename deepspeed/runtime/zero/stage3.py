@@ -132,6 +132,9 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
 
     def _check_usable(self) -> None:
         self._require_alive()
+        self.settle_weights()
+
+    def settle_weights(self) -> None:
         for bucket in self.buckets:
             if isinstance(bucket, ShardBucket):
                 bucket.settle_rebound()
