@@ -114,7 +114,9 @@ class ShardBucket(Bucket):
         self.weights = source if source.dtype == self.weight_dtype else source.to(self.weight_dtype)
         self.master = source if self.full_precision or wide else source.to(torch.float32)
         for position, slot in enumerate(self.slots):
-            slot.param._ds_handle.adopt(self.piece(self.weights, position))  # type: ignore[attr-defined]
+            handle: ParamHandle = slot.param._ds_handle  # type: ignore[attr-defined]
+            handle.adopt(self.piece(self.weights, position))
+            handle.trained = True
         self.grad_shard = torch.empty(self.shard_numel, dtype=self.accum_dtype, device=self.device)
 
     def settle_rebound(self) -> None:

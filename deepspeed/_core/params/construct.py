@@ -66,7 +66,7 @@ _FACTS = {
         "ndimension",
     ),
     *("nelement", "numel", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"),
-    *("size", "storage_offset", "stride", "zero_grad"),
+    *("size", "storage", "storage_offset", "stride", "untyped_storage"),
     *("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"),
     *("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"),
 }
@@ -244,6 +244,7 @@ class _Patches:
         base = torch.nn.Module
         self._set(base, "__init__", _beginning(base.__dict__["__init__"]))
         self._set(base, "apply", _lending_apply(base.__dict__["apply"]))
+        self._set(base, "_save_to_state_dict", _unwatched(base.__dict__["_save_to_state_dict"]))
         for kind in _subclasses(base):
             self.wrap(kind)
         self._set(base, "__init_subclass__", classmethod(_wrap_subclass(base.__dict__.get("__init_subclass__"))))
@@ -332,6 +333,17 @@ def _lending_apply(original: Callable[..., Any]) -> Callable[..., Any]:
         return self
 
     return apply
+
+
+def _unwatched(original: Callable[..., None]) -> Callable[..., None]:
+    """A method that uses no parameter's data: a state dict shows released parameters on the meta device."""
+
+    @functools.wraps(original)
+    def method(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        with unwatched():
+            original(self, *args, **kwargs)
+
+    return method
 
 
 def _wrap_subclass(original: Any) -> Callable[..., None]:
