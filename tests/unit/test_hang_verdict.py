@@ -316,10 +316,17 @@ def test_a_page_outlives_its_writer():
         "phase": "forward",
         "module": "a.b",
     }
+    assert page.read_word() == ""
     page.close()
     os.close(reading)
     os.close(writing)
     assert open_page(child, 5) is None
     empty = make_page()
     assert empty.read() == {}
+    for word in ("the last word", "shorter"):
+        empty.write_word(word)
+        assert empty.read_word() == word
+    empty.write_word("too long for it" * 1000)
+    empty.write_word("")
+    assert empty.read_word() == ""
     empty.close()

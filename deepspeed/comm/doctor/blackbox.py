@@ -1,7 +1,8 @@
-"""What a rank did last, kept where it outlives the rank: a page of memory that the other ranks of its host hold, too.
+"""What a rank did last, kept where it outlives the rank: memory that the other ranks of its host hold, too.
 
-A process that is killed, or that gloo ends because two ranks' collectives had different sizes, leaves no last word. The
-page is an anonymous file (``memfd``): it has no name, and is gone with the last process that holds it. Linux only.
+A process that is killed, or that gloo ends because two ranks' collectives had different sizes, leaves no last word; and
+those that rank 0 keeps may go with it. The memory is an anonymous file (``memfd``): it has no name, and is gone with the
+last process that holds it. Linux only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 __all__ = ["Page", "make_page", "open_page"]
 
-_NBYTES = mmap.PAGESIZE
+# The first half is the record, the second the last word.
+_HALF = mmap.PAGESIZE
+_NBYTES = 2 * _HALF
+_SIZE = struct.Struct("<i")
 _NUMBERS = struct.Struct("<qqqi")
 _TEXTS = ("op", "phase", "module", "parameter")
 
@@ -27,7 +31,7 @@ class Page:
 
     def write(self, count: int, nbytes: int, step: int, *texts: str) -> None:
         """Notes the collective that starts: its number, bytes, step; then op, phase, module and parameter."""
-        text = "\n".join(texts).encode()[: _NBYTES - _NUMBERS.size]
+        text = "\n".join(texts).encode()[: _HALF - _NUMBERS.size]
         try:
             _NUMBERS.pack_into(self._memory, 0, count, nbytes, step, len(text))
             self._memory[_NUMBERS.size : _NUMBERS.size + len(text)] = text
@@ -41,6 +45,18 @@ class Page:
             return {}
         text = self._memory[_NUMBERS.size : _NUMBERS.size + size].decode(errors="replace")
         return {"count": count, "nbytes": nbytes, "step": step} | dict(zip(_TEXTS, text.split("\n"), strict=False))
+
+    def write_word(self, word: str) -> None:
+        """Leaves the last word; an empty one takes it back."""
+        text = word.encode()
+        if len(text) <= _HALF - _SIZE.size:
+            self._memory[_HALF + _SIZE.size : _HALF + _SIZE.size + len(text)] = text
+            _SIZE.pack_into(self._memory, _HALF, len(text))
+
+    def read_word(self) -> str:
+        """The last word, if there is one."""
+        (size,) = _SIZE.unpack_from(self._memory, _HALF)
+        return self._memory[_HALF + _SIZE.size : _HALF + _SIZE.size + size].decode(errors="replace")
 
     def close(self) -> None:
         self._memory.close()

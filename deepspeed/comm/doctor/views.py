@@ -116,6 +116,11 @@ class OwnView:
         quiet = clock_s - self.communicated_at_s >= self._ask_device_after_s
         return quiet and self.device is not None and self.device.is_behind()
 
+    def leave_word(self, status: Status | None) -> None:
+        """Puts the last word where it outlives this process and the store; ``None`` takes it back."""
+        if self.page is not None:
+            self.page.write_word("" if status is None else status.to_json())
+
     def sight(self, status: Status) -> Sight:
         return Sight(status, unmoved_s=time.monotonic() - self.moved_at_s)
 
@@ -176,8 +181,12 @@ class OthersView:
         return sights | recalled
 
     def _recalled(self, status: Status, state: State) -> Status:
+        """The rank as its page shows it: by its last word, else by what it did last."""
         _, page = self._mates.get(status.rank, (None, None))
-        return dataclasses.replace(status, state=state, **(page.read() if page is not None else {}))
+        if page is None:
+            return dataclasses.replace(status, state=state)
+        word = page.read_word()
+        return Status.from_json(word) if word else dataclasses.replace(status, state=state, **page.read())
 
     def see(self, words: dict[int, Status], own: Status) -> dict[int, Sight]:
         """All ranks that ever left a word, in order; this one as it says of itself."""

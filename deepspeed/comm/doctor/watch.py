@@ -134,7 +134,10 @@ class Doctor:
     def _look(self) -> None:
         clock_s = time.monotonic()
         if self._own.look(clock_s, closely=self._is_alarm()):
-            self._warn_after_s, self._failing = self.timeout_s, False
+            self._warn_after_s = self.timeout_s
+            if self._failing:  # the program has dealt with the failed wait, and goes on
+                self._failing = False
+                self._own.leave_word(None)
         board = self._need_board()
         if self._unmet:
             self._meet(board)
@@ -233,6 +236,7 @@ class Doctor:
         if self._final is not None:
             return
         self._final = self._own.status(state=state, error=error, consequence=consequence)
+        self._own.leave_word(self._final)
         try:
             self._need_board().post(self._final)
         except Exception as failed:  # the store may be gone already: nobody is left to read it then
@@ -297,6 +301,7 @@ class Doctor:
             return  # what follows from a failure, e.g. of the other operations in flight
         self._failure, self._failed_at_s, self._failing = error, clock_s, True
         own = self._own.status(state=State.RAISED, error=_text_of(error), consequence=True)
+        self._own.leave_word(own)
         try:
             text = self._explain(own)
         except Exception as failed:
@@ -322,8 +327,16 @@ class Doctor:
 
     def _lonely_report(self, own: Status) -> str:
         """All that this rank can say without the store."""
-        statuses = self._others.recall() | {self._rank: own}
-        if self._board is not None and self._board.in_rank_0 and 0 not in statuses:
+        deadline_s = time.monotonic() + 1.0
+        while True:
+            # Connections close a moment before a process that was killed has ended.
+            statuses = self._others.recall()
+            known = any(s.state.final and not s.consequence for s in statuses.values())
+            if known or time.monotonic() > deadline_s:
+                break
+            time.sleep(0.02)
+        statuses[self._rank] = own
+        if self._board is not None and self._board.in_rank_0 and self._rank and 0 not in statuses:
             statuses[0] = Status(0, State.GONE)
         sights = {rank: Sight(status) for rank, status in sorted(statuses.items())}
         return report(blame(sights), sights, self._world_size, self.timeout_s) + (
