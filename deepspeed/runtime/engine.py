@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed.comm import doctor
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
 from deepspeed.runtime import engine_checkpoint, engine_setup
@@ -98,6 +99,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.optimizer: Any = inner if type(self._flat) is FlatOptimizer else self._flat or self._offload
         self.basic_optimizer = inner
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        self._watched = doctor.start(self._config.hang_timeout_s)
         if self._config.dump_state:
             self.print_config()
 
@@ -105,6 +107,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped module and returns its output unchanged."""
+        doctor.now.phase = "forward"
         with self._progress.phase("forward"), self._autocast():
             if self._precision.cast_inputs:
                 args, kwargs = self._cast_inputs(args), self._cast_inputs(kwargs)
@@ -129,6 +132,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         for name in kwargs:
             warning_once(f"backward() ignores the argument {name!r}")
         steps = self.gradient_accumulation_steps()
+        doctor.now.phase = "backward"
         with self._progress.phase("backward"):
             scaled = loss / steps if scale_wrt_gas and steps > 1 else loss
             try:
@@ -143,6 +147,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         """At the accumulation boundary: clip, update, share the weights, zero the gradients, advance the schedule."""
         flat = self._require_optimizer("step")
         if self.is_gradient_accumulation_boundary():
+            doctor.now.phase = "step"
             with self._progress.phase("step"):
                 flat.step()
             self._step_applied = flat.applied
@@ -151,6 +156,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
             elif flat.applied and self.lr_scheduler is not None:
                 self.lr_scheduler.step(**(lr_kwargs or {}))
             self.global_steps += 1
+            doctor.now.step, doctor.now.phase = self.global_steps, ""
             self.global_samples += self.train_batch_size()
             self._progress.after_step(
                 self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.train_batch_size()
@@ -397,6 +403,9 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
             self._flat.destroy()
         if self._offload is not None:
             self._offload.destroy()
+        if self._watched:
+            self._watched = False
+            doctor.stop()
 
     def empty_partition_cache(self) -> None:
         """Frees what stage 3 keeps gathered between uses; it comes back when next used. Below stage 3, nothing."""

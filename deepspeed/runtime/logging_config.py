@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from deepspeed.runtime.config_types import Bool, PrintInterval
+from deepspeed.runtime.config_types import Bool, NonNegFloat, PrintInterval
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel, key, section
 
 __all__ = ["LoggingKeys", "ThroughputTimerConfig", "TimersConfig"]
@@ -37,4 +37,10 @@ class LoggingKeys(DeepSpeedConfigModel):
     timers: TimersConfig = section(TimersConfig, "Timers of the engine.", since="0.14.3")
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None = key(
         None, "Level of the DeepSpeed logger.", since="0.19.3"
+    )
+    hang_timeout_s: NonNegFloat | None = key(
+        None,
+        "Seconds that ranks wait for each other before they say which one ran off; 0 = never; unset = "
+        "DS_HANG_TIMEOUT_S, else 10.",
+        since="1.0.0",
     )

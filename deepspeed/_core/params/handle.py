@@ -280,8 +280,12 @@ class ParamHandle:
         """Waits for the gather; the parameter is available afterwards. Idempotent."""
         if self._status is ZeroParamStatus.INFLIGHT:
             pending, self._pending = self._pending, None
-            if pending is not None:
-                pending.wait()
+            try:
+                if pending is not None:
+                    pending.wait()
+            except BaseException:
+                self._free()
+                raise
             self._show(self.full)
 
     def allocate(self) -> torch.Tensor:
@@ -325,6 +329,9 @@ class ParamHandle:
         if self._status is ZeroParamStatus.NOT_AVAILABLE or not self.numel:
             return
         self.finish()
+        self._free(by_hand=by_hand)
+
+    def _free(self, *, by_hand: bool = False) -> None:
         if self.on_change is not None:
             self.on_change(self, False)
         self._hide()
@@ -408,8 +415,7 @@ def _start(members: Sequence[ParamHandle], exact: bool, gather: Callable[[list[A
         pending = gather(items)
     except BaseException:
         for handle in members:
-            handle._status = ZeroParamStatus.AVAILABLE
-            handle.release()
+            handle._free()
         raise
     for handle in members:
         handle.exact = exact

@@ -4,117 +4,40 @@ Glossary. *Unit*: parameters gathered together (:mod:`deepspeed._core.params.uni
 module, from its forward until its backward is done. *Hold*: a reason to keep a parameter whole; it goes when the last
 hold and the plan let it go. *Pass*: a forward of the root module, from which the order of uses is recorded.
 
-[Note: agreed plans] The order of uses is recorded in the first training iteration; when all ranks have recorded the same
-one, they follow the plan made from it (:mod:`deepspeed._core.params.planner`), which gathers ahead. A rank that skips a
-use later gathers for it all the same, because the others wait for its shard. Uses outside of the plan are gathered on
-demand. If all ranks deviate in one step, the order is recorded anew.
+[Note: the same on all ranks] A gather needs every rank. What a rank has whole may depend on its data (a parameter that its
+branch did not use is held longer), and so must not decide what it gathers. With a plan, the plan alone decides. Without
+one, a parameter is gathered for its first use in a backward where it is missing, which is the same everywhere; later
+uses gather it again in any case, unless the use before it had it, too: until then nothing is let go. A rank that has a
+parameter takes part in its gather, with memory that nobody reads.
 
 [Note: graph tasks] A backward inside a backward (reentrant checkpoints) is a graph task of its own. A parameter's
-accumulation ends its holds of that task only: the outer one may still want the data.
+accumulation ends its holds of that task only: the outer one may still want the data. A second backward over the same
+graph is another task, too, and fetches again.
 
 [Note: recompute] A forward inside a backward is a checkpoint's recomputation. What it fetched stays until the gradients
 are done, since they come next.
+
+[Note: graphs of gradients] A backward with ``create_graph`` leaves operations that want the data again, and no hook tells
+when those are done: everything stays until the next pass or step.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from deepspeed import comm as dist
+from deepspeed.comm import doctor
+from deepspeed._core.params.agreement import PlanBook, Run, Trace
+from deepspeed._core.params.calls import BackwardHold, Call, Stats, graph_task
 from deepspeed._core.params.compress import SecondaryShards
 from deepspeed._core.params.handle import ParamHandle, fetch
-from deepspeed._core.params.planner import Budget, Plan, make_plan
+from deepspeed._core.params.planner import Budget, Plan
 from deepspeed._core.params.units import Unit
-from deepspeed.utils.logging import logger, warning_once
 
 __all__ = ["Call", "Coordinator", "Stats"]
-
-
-def graph_task() -> int:
-    """Identity of the backward that runs now on this thread; -1 if none does."""
-    return torch._C._current_graph_task_id()
-
-
-class Call:
-    """One run of a unit's module."""
-
-    __slots__ = ("backward_task", "epoch", "handles", "left", "position", "sticky", "unit")
-
-    def __init__(self, unit: Unit, handles: list[ParamHandle]) -> None:
-        self.unit = unit
-        self.handles = handles
-        self.position: int | None = None
-        self.backward_task = -1
-        self.epoch = -1
-        self.left: set[Any] | None = None
-        """What must still happen before frozen parameters can go: gradients of inputs and of trainable parameters."""
-        self.sticky = False
-        """Its outputs cannot be watched: hold everything until the end of backward."""
-
-    def __str__(self) -> str:
-        return f"forward of {self.unit.name or 'the model'}"
-
-
-class _BackwardHold:
-    """What holds a parameter for a call's backward."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-    def __str__(self) -> str:
-        return f"backward of {self.call.unit.name or 'the model'}"
-
-
-class Stats:
-    """Counters since the last :meth:`reset`; tests and reports read them."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.gathers = 0
-        self.gathered_numel = 0
-        self.peak_live_numel = 0
-
-
-class _Run:
-    """Follows one phase of a plan by position."""
-
-    def __init__(self, plan: Plan, begin: int, end: int, owner: Coordinator) -> None:
-        self.plan, self.at, self.end, self.owner = plan, begin, end, owner
-        self.deviated = False
-
-    def advance(self, unit: int) -> int | None:
-        """Issues all gathers up to the unit's next use and those ahead of it; None if the plan has no such use."""
-        position = next((p for p in range(self.at, self.end) if self.plan.uses[p] == unit), None)
-        if position is None:
-            self.deviated = True
-            return None
-        self._serve(position)
-        self._issue(position)
-        self.at = position + 1
-        return position
-
-    def complete(self) -> None:
-        """Issues what is left, for the ranks that do use it."""
-        self._serve(self.end)
-
-    def _serve(self, end: int) -> None:
-        for position in range(self.at, end):
-            self.deviated = True
-            self._issue(position)
-            self.owner.let_go(self.plan.release[position])
-        self.at = end
-
-    def _issue(self, position: int) -> None:
-        for group in self.plan.issue[position]:
-            self.owner.start([self.owner.by_id[i] for i in group if i in self.owner.by_id])
 
 
 class Coordinator:
@@ -129,24 +52,27 @@ class Coordinator:
         self.units: list[Unit] = []
         self.stats = Stats()
         self.live_numel = 0
-        self.before_fetch: Callable[[Sequence[ParamHandle]], None] | None = None
-        """Called with what is about to be gathered; for the hang doctor."""
         self.secondary = secondary
+        self.book = PlanBook(self.handles, budget)
         self._stack: list[Call] = []
         self._due: set[int] = set()
         self._orphans: list[tuple[ParamHandle, Any]] = []
+        self._epoch = 0
+        self._in_pass = False
+        self._depth = 0
+        self._forward_run: Run | None = None
+        self._trace = Trace()
+        self._passed: Trace | None = None
+        """The last training pass, whose backward is to come or running."""
+        self._passes = 0
+        self._in_backward = False
+        self._backward_run: Run | None = None
         self._open: list[Call] = []
         self._watch: dict[int, list[Call]] = {}
-        self._epoch = 0
-        self._in_backward = False
-        self._in_pass = False
-        self._plans: dict[bool, Plan | None] = {True: None, False: None}
-        self._run: _Run | None = None
-        self._forward: list[int] | None = None
-        self._record: list[int] = []
-        self._passes = 0
-        self.deviated = False
-        """Whether this rank left the plan since the last step."""
+        self._lazy: list[int] = []
+        self._last_use: dict[int, int] = {}
+        self._backward_uses = 0
+        self._ended_some = self._graph_made = False
         for handle in self.handles:
             handle.on_change = self._on_change
             if secondary is not None:
@@ -154,23 +80,28 @@ class Coordinator:
 
     # -- moving data -------------------------------------------------------------------------------------------------
 
-    def start(self, handles: Iterable[ParamHandle]) -> None:
-        """Starts gathering the released ones together. Collective."""
-        missing = [h for h in handles if not h.available and not h.in_flight]
-        if not missing:
+    def start(self, handles: Iterable[ParamHandle], *, joining: Iterable[ParamHandle] = ()) -> None:
+        """Starts gathering the released ones together, and all of ``joining``. Collective."""
+        again = {handle.id for handle in joining if not handle.persistent}
+        wanted = [h for h in handles if h.id in again or not (h.available or h.in_flight)]
+        if not wanted:
             return
-        if self.before_fetch is not None:
-            self.before_fetch(missing)
-        numel = fetch(missing, secondary=self.secondary if self._in_backward else None)
+        doctor.now.parameter = wanted[0].label
+        numel = fetch(wanted, secondary=self.secondary if self._in_backward else None, join=bool(again))
         self.stats.gathers += 1
         self.stats.gathered_numel += numel
+
+    def _start_planned(self, ids: Sequence[int]) -> None:
+        group = [self.by_id[i] for i in ids]
+        self.start(group, joining=group)
 
     def _on_change(self, handle: ParamHandle, taken: bool) -> None:
         if handle.persistent:
             return
         if self.secondary is not None and not taken and not self._in_backward and torch.is_grad_enabled():
             # hpZ: backward gathers from copies of what forward used.
-            self.secondary.keep(handle.id, handle.full)
+            if handle.available:
+                self.secondary.keep(handle.id, handle.full)
         self.live_numel += handle.numel if taken else -handle.numel
         if taken:
             self.stats.peak_live_numel = max(self.stats.peak_live_numel, self.live_numel)
@@ -233,55 +164,87 @@ class Coordinator:
         """The root's forward begins."""
         if graph_task() != -1:
             return
-        if self._in_backward:
-            self.end_backward()
-        self._in_pass = True
+        if self._in_pass:  # a model that calls itself
+            self._depth += 1
+            return
+        self.end_backward()
         self._drop_orphans()
-        self._record = []
-        plan = self._plans[torch.is_grad_enabled()]
-        self._run = _Run(plan, 0, plan.forward_len, self) if plan is not None else None
+        self.release_all()
+        self._in_pass, self._depth = True, 0
+        self._trace = Trace()
+        plan = self.book.plans[torch.is_grad_enabled()]
+        self._forward_run = self._follow(plan, 0, plan.forward_len) if plan is not None else None
+
+    def _follow(self, plan: Plan, begin: int, end: int) -> Run:
+        return Run(plan, begin, end, self._start_planned, self.let_go)
 
     def end_pass(self, *, failed: bool) -> None:
         """The root's forward is over."""
         if graph_task() != -1 or not self._in_pass:
             return
+        if self._depth:
+            self._depth -= 1
+            return
         self._in_pass = False
-        run, self._run = self._run, None
+        run, self._forward_run = self._forward_run, None
         if failed:
             self.abort()
             return
-        grad = torch.is_grad_enabled()
         if run is not None:
             run.complete()
-            self.deviated |= run.deviated
-        if grad:
-            self._forward = self._record
+            self.book.deviated |= run.deviated
+        if torch.is_grad_enabled():
+            self._passed = self._trace
             self._passes += 1
-        else:
-            self.release_all()
-            if self._plans[False] is None:
-                self._agree(False, self._record, len(self._record))
+            return
+        self.release_all()
+        if self.book.plans[False] is None:
+            self.book.agree(False, self._trace, self.units)
 
     def enter(self, unit: Unit) -> Call:
         """The unit's module is about to run: its parameters are whole when this returns. Collective."""
-        call = Call(unit, list(unit.members))
+        call = Call(unit)
         unit.active += 1
         for handle in call.handles:
             self.hold(handle, call)
         self._stack.append(call)
-        self._need(call, in_backward=graph_task() != -1)
+        try:
+            self._need(call, in_backward=graph_task() != -1)
+        except BaseException:
+            self.leave(call, failed=True)
+            raise
         return call
 
     def _need(self, call: Call, *, in_backward: bool) -> None:
-        if in_backward and not self._in_backward:
+        """A use begins: gathers by the plan, or what is missing."""
+        if in_backward:
             self.begin_backward()
-        run = self._run
-        if self._in_pass or in_backward:
-            self._record.append(call.unit.index)
+        doctor.now.module = call.unit.name
+        run = self._backward_run if in_backward else self._forward_run
+        if in_backward:
+            if self._passed is not None:
+                self._passed.backward.append(call.unit.index)
+        elif self._in_pass:
+            call.place = self._trace.begin(call.unit.index)
         if run is not None:
             call.position = run.advance(call.unit.index)
-        self.start(call.handles)
-        for handle in call.handles:
+        self._fetch(call.handles, in_backward=in_backward, planned=run is not None and call.position is not None)
+
+    def _fetch(self, handles: Sequence[ParamHandle], *, in_backward: bool, planned: bool) -> None:
+        """Makes parameters whole for a use, see [Note: the same on all ranks]."""
+        if not in_backward:
+            self.start(handles)
+        else:
+            own = {handle.id for handle in handles}
+            lazy, self._lazy = self._lazy, []
+            self._lazy = [i for i in lazy if i in own]
+            self.let_go(i for i in lazy if i not in own)
+            used, latest = self._last_use, self._backward_uses
+            joining = [] if planned else [h for h in handles if used.get(h.id, latest) != latest]
+            self.start(handles, joining=joining)
+            self._backward_uses += 1
+            used.update(dict.fromkeys(own, self._backward_uses))
+        for handle in handles:
             handle.finish()
 
     def touch(self, handle: ParamHandle) -> None:
@@ -292,8 +255,7 @@ class Coordinator:
         call.handles.append(handle)
         call.unit.externals[handle.id] = handle
         self.hold(handle, call)
-        self.start([handle])
-        handle.finish()
+        self._fetch([handle], in_backward=graph_task() != -1, planned=False)
 
     def leave(self, call: Call, *, failed: bool = False) -> None:
         """The unit's module has run (or failed)."""
@@ -307,13 +269,14 @@ class Coordinator:
             call.unit.active -= 1
         task = graph_task()
         if task != -1:
-            call.backward_task, call.epoch = task, self._epoch
-            hold = _BackwardHold(call)
+            call.recomputed, call.task, call.epoch = True, task, self._epoch
             for handle in call.handles:
-                self.hold(handle, hold)
+                self.hold(handle, call.back)
                 self.unhold(handle, call)
             self._open.append(call)
             return
+        if call.place is not None and self._in_pass:
+            self._trace.end(call.place)
         if call.sticky and not failed and torch.is_grad_enabled():
             for handle in call.handles:
                 self._orphans.append((handle, call))
@@ -323,12 +286,10 @@ class Coordinator:
     def _drop(self, call: Call) -> None:
         for handle in call.handles:
             self.unhold(handle, call)
-        if call.position is None:
+        if call.position is None or self._forward_run is None:
             self.let_go(h.id for h in call.handles)
         else:
-            plan = self._run.plan if self._run is not None else None
-            if plan is not None:
-                self.let_go(plan.release[call.position])
+            self._forward_run.settle()
             self.let_go([h.id for h in call.handles if h.id in self._due])
 
     def adopt_output(self, handle: ParamHandle, giver: Call) -> None:
@@ -340,7 +301,7 @@ class Coordinator:
                 user.handles.append(handle)
                 user.unit.externals[handle.id] = handle
                 self.hold(handle, user)
-        elif torch.is_grad_enabled():
+        else:
             token = f"output of {giver.unit.name or 'the model'}"
             self.hold(handle, token)
             self._orphans.append((handle, token))
@@ -359,140 +320,139 @@ class Coordinator:
             return
         self._in_backward = True
         self._epoch += 1
-        self._backward_start = len(self._record)
-        plan = self._plans[True]
-        ready = plan is not None and self._forward is not None
-        self._run = _Run(plan, plan.forward_len, len(plan.uses), self) if plan is not None and ready else None
+        self._last_use, self._backward_uses = {}, 0
+        self._ended_some = self._graph_made = False
+        plan = self.book.plans[True]
+        if plan is not None and self._passed is not None:
+            self._backward_run = self._follow(plan, plan.forward_len, len(plan.uses))
 
     def backward_of(self, call: Call) -> None:
         """The gradient of a call's output has come: its parameters are whole when this returns. Collective."""
         self.begin_backward()
         task = graph_task()
-        if call.epoch == self._epoch and call.backward_task == task:
+        seen = call.epoch == self._epoch
+        if seen and call.task == task:
             return
-        again = call.epoch == self._epoch
-        call.backward_task, call.epoch = task, self._epoch
-        if not again:
-            hold = _BackwardHold(call)
+        call.task, call.epoch = task, self._epoch
+        if not seen:
             for handle in call.handles:
-                self.hold(handle, hold)
+                self.hold(handle, call.back)
             self._open.append(call)
             self._need(call, in_backward=True)
-        if call.left is not None:
-            call.left.update(h.id for h in call.unit.trainable if h.param.requires_grad)
-            for handle in call.unit.trainable:
-                self._watch.setdefault(handle.id, []).append(call)
+        elif not call.recomputed:
+            for handle in call.handles:
+                handle.holds[call.back] = 1
+            if self._ended_some:
+                self._fetch(call.handles, in_backward=True, planned=False)
+        if call.inputs is not None:
+            parts = [h.id for h in call.unit.trainable if h.param.requires_grad]
+            call.left = call.inputs.union(parts)
+            for part in parts:
+                self._watch.setdefault(part, []).append(call)
 
     def gradient_done(self, handle: ParamHandle) -> None:
         """The parameter's gradient is accumulated: nothing of this graph task needs its data any more."""
+        if torch.is_grad_enabled():
+            self._graph_made = True
+            return
         task = graph_task()
-        ended = [t for t in handle.holds if isinstance(t, _BackwardHold) and t.call.backward_task == task]
-        for token in ended:
-            handle.holds.pop(token, None)
-        if ended and self._may_go(handle, ended[-1].call):
-            self.let_go([handle.id])
+        ended = [t for t in handle.holds if isinstance(t, BackwardHold) and t.call.task == task]
+        if ended:
+            self._end_holds(handle, ended)
         for call in self._watch.pop(handle.id, ()):
             self.part_done(call, handle.id)
 
-    def part_done(self, call: Call, part: Any) -> None:
+    def part_done(self, call: Call, part: int) -> None:
         """One of the things has happened for which a call's frozen parameters wait."""
-        if call.left is None or call.epoch != self._epoch:
+        if torch.is_grad_enabled():
+            self._graph_made = True
+            return
+        if part not in call.left or call.epoch != self._epoch:
             return
         call.left.discard(part)
         if call.left:
             return
         for handle in call.handles:
-            if handle.param.requires_grad:
-                continue
-            for token in [t for t in handle.holds if isinstance(t, _BackwardHold)]:
-                if token.call.unit is call.unit and token.call.backward_task == call.backward_task:
-                    handle.holds.pop(token, None)
-            if self._may_go(handle, call):
-                self.let_go([handle.id])
+            if not handle.param.requires_grad:
+                ended = [t for t in handle.holds if isinstance(t, BackwardHold) and t.same_run(call)]
+                self._end_holds(handle, ended)
 
-    def _may_go(self, handle: ParamHandle, call: Call) -> bool:
-        """Whether the plan has no early use for it."""
-        run = self._run
-        if run is None or call.position is None:
-            return True
-        return handle.id in run.plan.release[call.position] or handle.id in self._due
+    def _end_holds(self, handle: ParamHandle, ended: Sequence[BackwardHold]) -> None:
+        """Drops holds of the backward; releases the parameter where the plan, or the next use, says so."""
+        self._ended_some = True
+        planned = self._backward_run is not None
+        for token in ended:
+            handle.holds.pop(token, None)
+            planned = planned and token.call.position is not None
+        if self._backward_run is None or not planned:
+            self._lazy.append(handle.id)
+            return
+        self._backward_run.settle()
+        if handle.id in self._due:
+            self.let_go([handle.id])
 
     def end_backward(self) -> None:
         """The backward has returned: everything goes, the plan is finished or made. Collective. Idempotent."""
         if not self._in_backward:
             return
-        run, self._run = self._run, None
+        run, self._backward_run = self._backward_run, None
         if run is not None:
             run.complete()
-            self.deviated |= run.deviated
+            self.book.deviated |= run.deviated
         self._in_backward = False
         self._end_calls()
-        uses, forward = self._record, self._forward
-        if self._plans[True] is None and forward is not None and self._passes == 1:
-            self._agree(True, uses, self._backward_start)
-        self._forward = None
-        self._record = []
-        self._passes = 0
+        trace, self._passed = self._passed, None
+        passes, self._passes = self._passes, 0
+        if self.book.plans[True] is None and trace is not None and passes == 1:
+            self.book.agree(True, trace, self.units)
 
     def _end_calls(self) -> None:
+        self._drop_orphans()
         for call in self._open:
             for handle in call.handles:
-                for token in [t for t in handle.holds if isinstance(t, _BackwardHold)]:
-                    handle.holds.pop(token, None)
-        self._open = []
-        self._watch = {}
-        self._drop_orphans()
+                if self._graph_made and call.back in handle.holds:
+                    self._orphans.append((handle, call.back))
+                else:
+                    handle.holds.pop(call.back, None)
+        self._graph_made = False
+        self._open, self._watch, self._lazy = [], {}, []
         self.release_all()
 
     def abort(self) -> None:
         """After an exception: ends what is in flight, drops all holds of calls, releases. Not collective."""
-        self._run = None
-        self._in_pass = self._in_backward = False
-        self._forward = None
-        self._record = []
-        self._passes = 0
-        for call in self._stack:
-            call.unit.active -= 1
-            for handle in call.handles:
-                handle.holds.pop(call, None)
-        self._stack = []
+        self._forward_run = self._backward_run = self._passed = None
+        self._in_pass = self._in_backward = self._graph_made = False
+        self._depth = self._passes = 0
+        self._clear_stack()
         for handle in self.handles:
             if handle.in_flight:
                 handle.finish()
         self._end_calls()
 
+    def _clear_stack(self) -> None:
+        """Forgets modules that seem to run: an exception that is no ``Exception`` passes their hooks by."""
+        for call in self._stack:
+            call.unit.active -= 1
+            for handle in call.handles:
+                handle.holds.pop(call, None)
+        self._stack = []
+
+    def before_update(self) -> None:
+        """The shards are about to change: nothing may stay whole that would be stale. Collective."""
+        self.end_backward()
+        self._clear_stack()
+        self._drop_orphans()
+        self._in_pass = False
+        self.release_all()
+        self.forget_copies()
+
     # -- the plan ----------------------------------------------------------------------------------------------------
 
     def forget_plan(self) -> None:
         """Records the order of uses anew. Every rank must do it at the same point."""
-        self._plans = {True: None, False: None}
-        self.deviated = False
+        self.book.forget()
 
     @property
     def plan(self) -> Plan | None:
         """The agreed plan of a training iteration, if there is one yet."""
-        return self._plans[True]
-
-    def _agree(self, grad: bool, uses: Sequence[int], forward_len: int) -> None:
-        """Adopts the recorded order if all ranks have the same. Collective."""
-        digest = zlib.crc32(repr((forward_len, list(uses))).encode())
-        if not self._same_on_all_ranks(digest):
-            warning_once(
-                "ranks use modules in different orders, so that parameters are not gathered ahead of use; modules "
-                "whose use depends on data can be marked with deepspeed.utils.set_z3_leaf_modules"
-            )
-            return
-        members = {unit.index: [h.id for h in unit.members] for unit in self.units}
-        numels = {handle.id: handle.numel for handle in self.handles}
-        self._plans[grad] = make_plan(uses, forward_len, members, numels, self.budget)
-        logger.debug("ZeRO-3 plan: %d uses, %d gathers", len(uses), self._plans[grad].gathers)  # type: ignore[union-attr]
-
-    def _same_on_all_ranks(self, value: int) -> bool:
-        transport = self.handles[0].transport if self.handles else None
-        if transport is None or transport.world_size == 1:
-            return True
-        device = self.handles[0].shard.device
-        bounds = torch.tensor([value, -value], dtype=torch.int64, device=device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=transport.group)
-        high, low = bounds.tolist()
-        return bool(high == -low)
+        return self.book.plans[True]

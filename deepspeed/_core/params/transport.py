@@ -7,6 +7,7 @@ time therefore wait for each other, which the hang doctor explains, and never ta
 from __future__ import annotations
 
 import abc
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +17,14 @@ import torch.distributed as torch_dist
 from deepspeed import comm as dist
 from deepspeed._core import compat
 from deepspeed._core.reduce.transport import Pending
+from deepspeed.comm import doctor
 
 __all__ = ["GatherItem", "ParamTransport", "make_param_transport"]
 
 # Parameters whose shards are smaller travel together in one message, and are copied out.
 _PACK_BELOW_NUMEL = 1 << 14
 _TAG_BASE, _TAG_COUNT = 100_000, 1 << 20
-_TAG_PACKED, _TAG_SCATTER = 90_000, 90_001
+_TAG_SCATTER = 90_001
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,20 @@ class _PointToPoint(ParamTransport):
         self._peers = [(rank, self.global_rank(rank)) for rank in others]
 
     def gather(self, items: Sequence[GatherItem]) -> Pending:
+        nbytes = sum(item.full.nbytes for item in items)
+        detail = _named(items)
+        with doctor.collective("all_gather", nbytes, self.group, detail=detail):
+            works, keep, finishes = self._post(items)
+
+        def finish() -> None:
+            for done in finishes:
+                done()
+
+        return Pending(works, keep, finish, op="all_gather", nbytes=nbytes, group=self.group, detail=detail)
+
+    def _post(
+        self, items: Sequence[GatherItem]
+    ) -> tuple[list[torch_dist.Work | None], list[torch.Tensor], list[Callable[[], None]]]:
         small = [item for item in items if item.shard.numel() < _PACK_BELOW_NUMEL]
         if len(small) == 1:
             small = []
@@ -167,19 +183,14 @@ class _PointToPoint(ParamTransport):
         groups: dict[torch.dtype, list[GatherItem]] = {}
         for item in small:
             groups.setdefault(item.full.dtype, []).append(item)
-        finishes = [self._gather_packed(members, works) for members in groups.values()]
-
-        def finish() -> None:
-            for done in finishes:
-                done()
-
-        return Pending(works, keep, finish)
+        return works, keep, [self._gather_packed(members, works) for members in groups.values()]
 
     def _gather_packed(self, items: list[GatherItem], works: list[torch_dist.Work | None]) -> Callable[[], None]:
         """Sends the shards as one message; what is returned copies the received ones out."""
         own = torch.cat([item.shard for item in items])
         received = own.new_empty(len(self._peers), own.numel())
-        tag = _TAG_BASE + items[0].key % _TAG_COUNT if items else _TAG_PACKED
+        # Of all members: another set of parameters is another message, see [Note: tags].
+        tag = _TAG_BASE + zlib.crc32(repr([item.key for item in items]).encode()) % _TAG_COUNT
         for row, (_, peer) in zip(received, self._peers, strict=True):
             works.append(dist.irecv(row, peer, group=self.group, tag=tag))
         for _, peer in self._peers:
@@ -231,7 +242,14 @@ class _Native(ParamTransport):
                     item.full.view(self.world_size, numel).copy_(rows[:, at : at + numel])
                     at += numel
 
-        return Pending(works, keep, finish)
+        nbytes = sum(item.full.nbytes for item in items)
+        return Pending(works, keep, finish, op="all_gather", nbytes=nbytes, group=self.group, detail=_named(items))
+
+
+def _named(items: Sequence[GatherItem]) -> str:
+    """What a gather is about, so that the hang doctor tells two of them apart."""
+    more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+    return f"parameter {items[0].key}{more}" if items else "nothing"
 
 
 def make_param_transport(group: torch_dist.ProcessGroup | None, device: torch.device) -> ParamTransport:
