@@ -8,18 +8,20 @@ count is for the context to say.
 [Note: how loading is diverted] Torch calls ``param.copy_(value)`` for each name in the state dict, after checking the shape.
 For the time of the module's load, the parameters carry a ``copy_`` of their own, which writes the shard.
 
-[Note: no traces] Copies and pickles of a module hold ordinary parameters, and so none of the hooks here: the dicts that hold
-them leave them out.
+[Note: no traces] Whoever pickles a module pickles ordinary parameters, and so none of the hooks here: the dicts that hold
+them leave them out. Copies in memory keep them, since copies of released parameters are partitioned, too.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from deepspeed._core.params.construct import unwatched
 from deepspeed._core.params.handle import ParamHandle, handle_of
 from deepspeed.utils.tensor_fragment import weights_written
 
@@ -29,10 +31,16 @@ _HOOK_DICTS = ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_d
 
 
 class _Hooks(OrderedDict):  # type: ignore[type-arg]
-    """A module's dict of hooks, whose copies are plain and lack ours; see [Note: no traces]."""
+    """A module's dict of hooks, whose pickles are plain and lack ours; see [Note: no traces]."""
 
     def __reduce__(self) -> Any:
         return OrderedDict, ([(key, hook) for key, hook in self.items() if not is_state_hook(hook)],)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
+        made = memo[id(self)] = _Hooks()
+        for key, hook in self.items():
+            made[key] = copy.deepcopy(hook, memo)
+        return made
 
 
 def is_state_hook(hook: Any) -> bool:
@@ -165,9 +173,10 @@ def write_shard(handle: ParamHandle, value: torch.Tensor) -> None:
         )
     if value.shape != handle.shape:
         raise ValueError(f"the value for {handle.label} has shape {tuple(value.shape)}, not {tuple(handle.shape)}")
-    handle.finish()
     begin, end = handle.own_range
-    handle.store(value.detach().reshape(-1)[begin:end])
-    if handle.available:
-        handle.param.data.copy_(value.detach())  # .data: no operation that autograd has recorded becomes stale
-    weights_written(handle.param)
+    with unwatched(), torch.no_grad():
+        handle.finish()
+        handle.store(value.detach().reshape(-1)[begin:end])
+        if handle.available:
+            handle.param.data.copy_(value)  # .data: no operation that autograd has recorded becomes stale
+        weights_written(handle.param)

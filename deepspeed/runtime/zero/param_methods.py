@@ -51,6 +51,7 @@ def partition_parameter(
     empty = param.is_meta
     if empty:
         shard.fill_(float("nan") if target.is_floating_point else 0)
+        _leave_meta(param, shard)
     else:
         flat = param.detach().reshape(-1)
         source = flat.to(device=where, dtype=target) if transport.rank == 0 else None
@@ -60,6 +61,13 @@ def partition_parameter(
     handle.born_empty = empty
     _give_methods(param)
     return handle
+
+
+def _leave_meta(param: torch.nn.Parameter, like: torch.Tensor) -> None:
+    """Puts a parameter that was made on the meta device, where no data can be set, on the device of ``like``."""
+    twin = _like(param, like.new_empty(()).expand(param.shape))
+    vars(twin).update(vars(param))
+    torch.utils.swap_tensors(param, twin)
 
 
 class _Method:
