@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-KNOWN = ("ddp", "ddp_view", "ddp_autocast", "fsdp2", *(f"{w}{s}" for w in ("ours", "reference") for s in range(4)))
+KNOWN = (
+    "ddp",
+    "ddp_view",
+    "ddp_autocast",
+    "fsdp2",
+    *(f"{w}{s}" for w in ("ours", "reference") for s in (0, 1, 2, 3, "3_init")),
+)
 
 
 class CandidateError(RuntimeError):
@@ -182,20 +188,29 @@ def environment(name: str, args: argparse.Namespace) -> dict[str, str]:
     return env
 
 
+def package(name: str) -> str:
+    """`ours` or `reference` for a candidate that is one of them, else nothing."""
+    return next((kind for kind in ("ours", "reference") if name.startswith(kind)), "")
+
+
 def measure_imports(results: list[Result], args: argparse.Namespace) -> None:
     """Seconds of `import deepspeed` after `import torch`, in fresh processes, alternating, warm page cache."""
     code = "import torch,time;t=time.perf_counter();import deepspeed;print('seconds',time.perf_counter()-t)"
-    packages = {r.name.rstrip("0123"): r for r in reversed(results) if r.name.startswith(("ours", "reference"))}
-    times: dict[str, list[float]] = {package: [] for package in packages}
+    packages = {
+        r.name.removesuffix("_init").rstrip("0123"): r
+        for r in reversed(results)
+        if r.name.startswith(("ours", "reference"))
+    }
+    times: dict[str, list[float]] = {name: [] for name in packages}
     with tempfile.TemporaryDirectory() as empty:
         for _ in range(args.import_repeats):
-            for package in packages:
-                env = environment(package, args)
-                command = [interpreter(package, args), "-c", code]
+            for name in packages:
+                env = environment(name, args)
+                command = [interpreter(name, args), "-c", code]
                 done = subprocess.run(command, env=env, cwd=empty, capture_output=True, text=True, check=True)
-                times[package].append(float(done.stdout.rsplit("seconds", 1)[1]))
+                times[name].append(float(done.stdout.rsplit("seconds", 1)[1]))
     for r in results:
-        r.imports = times.get(r.name.rstrip("0123"), []) or r.imports
+        r.imports = times.get(package(r.name), []) or r.imports
 
 
 def ratio(results: dict[str, Result], name: str, base: str) -> float | None:
@@ -208,7 +223,11 @@ def table(results: dict[str, Result], tokens: int) -> str:
     rows = [[*head, "init", "1st step", "loss"]]
     for name, r in results.items():
         tenths = statistics.quantiles(r.times, n=10) if len(r.times) > 1 else r.times * 9
-        same_stage = f"reference{name[-1]}" if name.startswith(("ours", "reference")) else ""
+        same_stage = (
+            f"reference{name.removeprefix('ours').removeprefix('reference')}"
+            if name.startswith(("ours", "reference"))
+            else ""
+        )
         ratios = (ratio(results, name, "ddp"), ratio(results, name, same_stage))
         row = [name, f"{r.median:.4f}", f"{tenths[0]:.4f}", f"{tenths[8]:.4f}", f"{tokens / r.median:.0f}"]
         row += ["" if x is None else f"{x:.3f}" for x in ratios]

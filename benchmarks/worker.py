@@ -37,6 +37,11 @@ def zero_config(args: argparse.Namespace, stage: int) -> dict[str, Any]:
     }
 
 
+def stage_of(candidate: str) -> int:
+    """The ZeRO stage in a name such as `ours3` or `reference3_init`."""
+    return int(candidate.removesuffix("_init")[-1])
+
+
 def deepspeed_step(args: argparse.Namespace, model: Any, stage: int) -> Step:
     """Ours or the released package: the same calls; which one it is was decided by the interpreter and PYTHONPATH."""
     import deepspeed
@@ -115,7 +120,7 @@ def fsdp2_step(args: argparse.Namespace, model: Any) -> Step:
 
 def build(args: argparse.Namespace, model: Any) -> Step:
     if args.candidate.startswith(("ours", "reference")):
-        return deepspeed_step(args, model, int(args.candidate[-1]))
+        return deepspeed_step(args, model, stage_of(args.candidate))
     if args.candidate == "fsdp2":
         return fsdp2_step(args, model)
     return ddp_step(args, model, args.candidate)
@@ -152,8 +157,12 @@ def serve(args: argparse.Namespace, answer: Any) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     shape = Shape(**json.loads(args.shape))
-    model = GPT(shape)
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    if args.candidate.endswith("_init"):
+        with deepspeed.zero.Init(config_dict_or_path=zero_config(args, stage_of(args.candidate))):
+            model = GPT(shape)
+    else:
+        model = GPT(shape)
+    facts["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     dist.barrier()
     started = time.perf_counter()
     step = build(args, model)
