@@ -402,6 +402,9 @@ def _off(rank, world):
     with pytest.raises(ConfigError, match=r"timeout_s=-1\.0"):
         doctor.start(timeout_s=-1.0)
     doctor.stop()
+    del os.environ["DS_HANG_TIMEOUT_S"]
+    doctor.open_board = lambda: 1 / 0
+    assert not doctor.start() and not doctor.is_running()  # what goes wrong here must not stop the training
     return threading.active_count()
 
 

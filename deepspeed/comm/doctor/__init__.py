@@ -70,15 +70,27 @@ def start(timeout_s: float | None = None) -> bool:
     if _process.doctor is not None and not _process.doctor.serves_this_group:
         stop(everyone=True)
     if _process.doctor is None:
-        board = open_board()
-        if board is None:
-            logger.debug("the hang doctor does not run: this process group has no store that a thread can share")
+        doctor = _make(timeout_s)
+        if doctor is None:
             return False
-        doctor = Doctor(board, timeout_s)
-        doctor.start()
         _process.doctor, _process.users = doctor, 0
     _process.users += 1
     return True
+
+
+def _make(timeout_s: float) -> Doctor | None:
+    """A doctor that runs. What it needs may be missing in more ways than one; training goes on without it."""
+    try:
+        board = open_board()
+        if board is None:
+            raise ConnectionError("this process group has no store that a thread can share")
+        doctor = Doctor(board, timeout_s)
+        doctor.start()
+        return doctor
+    except Exception as error:
+        now.reset()
+        logger.debug(f"the hang doctor does not run: {type(error).__name__}: {error}")
+        return None
 
 
 def stop(everyone: bool = False) -> None:

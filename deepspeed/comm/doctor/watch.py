@@ -37,6 +37,8 @@ EXIT_CODE = 76
 #: How long a rank stays, see [Note: parting]: as long as nobody waits, and if someone has to read.
 _LINGER_S, _LINGER_FOR_READERS_S = 1.2, 4.0
 
+#: Ends the word of an alarm whose rank waits, rather than leaves.
+_WAITS = "waits"
 #: Up to so many ranks, each looks at all others to find those on its host, if nothing tells.
 _SMALL_WORLD = 64
 
@@ -174,7 +176,7 @@ class Doctor:
     def _raise_alarm(self, clock_s: float) -> None:
         if clock_s - self._raised_at_s >= self.timeout_s / 4:
             self._raised_at_s = clock_s
-            self._need_board().raise_alarm(f"{self._rank} {clock_s}")
+            self._need_board().raise_alarm(f"{self._rank} {clock_s} {_WAITS}")
 
     def _judge(self, board: Board, status: Status) -> None:
         text = self._published(board, status)
@@ -205,7 +207,7 @@ class Doctor:
     def _tell_slowness(self, clock_s: float) -> None:
         """Others wait, and this rank computes: says so on this rank, with the place, ever less often."""
         idle_s = clock_s - self._own.communicated_at_s
-        if idle_s < self._warn_after_s:
+        if idle_s < self._warn_after_s or not self._alarm.endswith(_WAITS):
             return
         self._warn_after_s *= 2
         logger.warning(
