@@ -406,7 +406,7 @@ def leaves_no_traces(rank: int, world_size: int) -> None:
     before = torch_now()
     with zero.Init(config_dict_or_path=CONFIG):
         assert torch_now() != before
-        dynamic()
+        kept = dynamic()
     assert before.items() <= torch_now().items()
     made_inside = {key: value for key, value in torch_now().items() if key not in before}
     assert made_inside and not any(hasattr(value, "__wrapped__") for value in made_inside.values())
@@ -427,6 +427,7 @@ def leaves_no_traces(rank: int, world_size: int) -> None:
             assert nn.Linear(2, 2).weight.ds_numel == 4
     assert torch_now() == before
     assert not hasattr(nn.Linear(2, 2).weight, "ds_id")
+    assert_partitioned(kept, world_size)  # and its classes were alive
 
 
 def test_torch_is_as_before() -> None:

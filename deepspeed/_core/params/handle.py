@@ -253,6 +253,13 @@ class ParamHandle:
             "new parameter into the module; dtype and device of what an engine trains come from its config"
         )
 
+    def settle_cast(self) -> None:
+        """Carries out on the shard what a cast of the module did to available data, and releases that."""
+        if self.available and self.param.dtype != self.dtype and not self.holds and not self.trained:
+            dtype = self.param.dtype
+            self.release()
+            self.adopt(self.shard.to(dtype))
+
     def prepare(self) -> GatherItem | PackedItem:
         """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`."""
         if self.on_change is not None:

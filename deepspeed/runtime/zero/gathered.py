@@ -21,6 +21,8 @@ __all__ = ["GatheredParameters", "gather_exactly", "register_external_parameter"
 
 def gather_exactly(handles: Sequence[ParamHandle]) -> None:
     """Makes the parameters whole, with every bit of their shards. Collective."""
+    for handle in handles:
+        handle.settle_cast()
     fetch(handles, exact=True)
     for handle in handles:
         handle.finish()
@@ -31,7 +33,8 @@ class GatheredParameters:
     """Inside, partitioned parameters are whole; afterwards they are released again. Collective, entering and leaving.
 
     Contexts may be nested, also over the same parameters, and may stay open while a generator yields. Views taken inside
-    stay valid afterwards. Persistent parameters, and what a running module needs, stay whole.
+    stay valid afterwards. Persistent parameters, and what a running module needs, stay whole. After an exception inside, the
+    values are as before.
 
     Args:
         params: a parameter, or any iterable of parameters, tensors and None; what is not partitioned is left alone.
@@ -72,6 +75,7 @@ class GatheredParameters:
         self._versions: dict[int, int] = {}
         self._kept: set[int] = set()
         self._private: set[int] = set()
+        """Shown as copies of this context's own."""
 
     def __enter__(self) -> None:
         if not self.enabled:
@@ -85,9 +89,9 @@ class GatheredParameters:
         with unwatched():
             gather_exactly(self._handles)
             for handle in self._handles:
-                # Edits are to get lost, but what is whole already, or the only copy, is in use elsewhere.
+                # Edits may have to get lost, but what is whole already, or the only copy, is in use elsewhere.
                 shown = handle.id in self._kept or handle.transport.world_size == 1
-                if self.src_rank is None and shown and not handle.holds and handle.numel:
+                if shown and not handle.holds and handle.numel:
                     self._private.add(handle.id)
                     handle.detach_copy()
                 handle.holds[self] = 1
@@ -110,6 +114,8 @@ class GatheredParameters:
             self._let_go()
         if self.src_rank is None and error is None:
             lost = [handle for handle in edited if not _modifiers(handle)]
+            for handle in lost:
+                _noted(handle)
             if lost:
                 raise RuntimeError(
                     f"{', '.join(h.label for h in lost[:5])} {'was' if len(lost) == 1 else 'were'} modified inside "
@@ -139,11 +145,9 @@ class GatheredParameters:
             if handle.numel:
                 self._share_one(handle, data.detach().reshape(-1).to(handle.full))
             weights_written(handle.param)
-            for other in handle.holds:
-                if isinstance(other, GatheredParameters):
-                    if handle.id in other._private:
-                        handle.detach_copy()
-                    other._versions[handle.id] = handle.param._version
+            if any(handle.id in context._private for context in _contexts(handle)):
+                handle.detach_copy()
+            _noted(handle)
         if wrong:
             raise ValueError(
                 f"{'; '.join(wrong)} inside GatheredParameters: a partitioned parameter keeps its shape, and its values "
@@ -171,9 +175,20 @@ class GatheredParameters:
         handle.write_back()
 
 
+def _contexts(handle: ParamHandle) -> list[GatheredParameters]:
+    """Those over the parameter that are open."""
+    return [hold for hold in handle.holds if isinstance(hold, GatheredParameters)]
+
+
 def _modifiers(handle: ParamHandle) -> list[GatheredParameters]:
     """Open contexts that will keep changes of the parameter."""
-    return [h for h in handle.holds if isinstance(h, GatheredParameters) and h.src_rank is not None]
+    return [context for context in _contexts(handle) if context.src_rank is not None]
+
+
+def _noted(handle: ParamHandle) -> None:
+    """The changes so far are no outer context's business."""
+    for context in _contexts(handle):
+        context._versions[handle.id] = handle.param._version
 
 
 # -- external parameters -----------------------------------------------------------------------------------------------

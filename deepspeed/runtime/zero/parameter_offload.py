@@ -110,6 +110,8 @@ class DeepSpeedZeRoOffload:
         self, module: torch.nn.Module, handles: list[ParamHandle], zero: DeepSpeedZeroConfig, topology: ShardTopology
     ) -> None:
         self.module = module
+        # One that is replaced in the module later is gathered in vain, but not lost.
+        self._params = [handle.param for handle in handles]
         self.topology = topology
         self.coordinator = Coordinator(handles, budget_of(zero), topology.secondary)
         self._hooks = ModelHooks(module, self.coordinator, limits_of(zero))
