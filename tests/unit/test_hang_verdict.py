@@ -43,14 +43,16 @@ def test_waiting_for_different_things_is_a_deadlock_and_the_minority_is_named():
     assert verdict == Verdict(Kind.DEADLOCK, (1,), (0, 1, 2)) and verdict.kind.fatal
 
 
-@pytest.mark.parametrize("other", [{"count": 58}, {"nbytes": 8192}, {"group": (0, 1)}, {"waits_for": "barrier"}])
+@pytest.mark.parametrize(
+    "other", [{"count": 58}, {"nbytes": 8192}, {"group": (0, 1)}, {"detail": "b.weight"}, {"waits_for": "barrier"}]
+)
 def test_what_makes_operations_different(other):
     assert judged(sight(0), sight(1, **other)) == Verdict(Kind.DEADLOCK, (0, 1), (0, 1))
 
 
 def test_other_places_in_the_program_do_not():
     """Ranks may meet in one operation from different modules, and bring different sizes to an all_to_all."""
-    assert judged(sight(0), sight(1, module="blocks.4", phase="step")).kind is Kind.STALLED
+    assert judged(sight(0), sight(1, module="blocks.4", phase="step", part="irecv")).kind is Kind.STALLED
     uneven = [sight(r, op="all_to_all_single", nbytes=100 * r) for r in range(2)]
     assert judged(*uneven).kind is Kind.STALLED and not Kind.STALLED.fatal
 

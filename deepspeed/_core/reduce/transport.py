@@ -30,8 +30,9 @@ _TAG_SCATTER, _TAG_GATHER, _TAG_COUNT, _TAG_SIZES = 1 << 21, 1 << 24, 1000, 9973
 class Pending:
     """Work in flight together with what must outlive it. ``wait`` is idempotent.
 
-    ``op``, ``nbytes``, ``group`` and ``detail`` tell the hang doctor for what ``wait`` waits, ``finish`` included; so
-    leave ``op`` out where that does more than communicate (reads a file, say) and this rank may be the slow one.
+    ``op``, ``nbytes``, ``group`` and ``detail`` (what it is about, the same on all ranks) tell the hang doctor for what
+    ``wait`` waits, ``finish`` included; so leave ``op`` out where that does more than communicate (reads a file, say),
+    since then this rank may be the slow one.
     """
 
     def __init__(

@@ -107,6 +107,7 @@ def at(
 def waiting(op: str, detail: str = "", *, nbytes: int = 0, group: Any = None) -> Wait | contextlib.nullcontext[None]:
     """Marks a blocking wait for other ranks: ``with doctor.waiting("reduce_scatter", "bucket 3"): work.wait()``.
 
+    ``detail`` tells what it is about, the same on all ranks that take part, since a difference is taken for a divergence.
     ``group`` is the process group that is waited for (``None``: the world). For what :mod:`deepspeed.comm` does itself,
     and for ``Pending.wait``, this is done already.
     """

@@ -63,9 +63,11 @@ class Status:
     op: str = ""
     nbytes: int = 0
     count: int = 0
-    #: While waiting: for which operation, more about it, world ranks of its group (empty: all), and since when.
+    #: While waiting: for which operation, what it is about (the same on all its ranks), in which part of it, world ranks
+    #: of its group (empty: all), and since when.
     waits_for: str = ""
     detail: str = ""
+    part: str = ""
     group: tuple[int, ...] = ()
     waited_s: float = 0.0
     #: Whether it is the device that has not come to the end of an operation; it may still compute before that.
@@ -193,7 +195,7 @@ def _agree(statuses: list[Status]) -> bool:
 
 def _operation(status: Status) -> tuple[object, ...]:
     nbytes = 0 if status.op in _UNEVEN else status.nbytes
-    return status.count, status.op, nbytes, status.waits_for, status.group
+    return status.count, status.op, nbytes, status.waits_for, status.detail, status.group
 
 
 def _minority(sights: Mapping[int, Sight], ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -239,6 +241,7 @@ def _row(rank: int, sight: Sight | None, marked: bool) -> tuple[str, ...]:
     if sight.state is State.WAITING:
         inside = f" in {status.waits_for}" if status.waits_for else ""
         inside += " on the device" if status.on_device else ""
+        inside += f", now in {status.part}" if status.part else ""
         state = f"waiting {status.waited_s:.1f} s{inside}{f' ({status.detail})' if status.detail else ''}"
     elif sight.state is State.RAISED:
         state = f"raised {status.error}"

@@ -91,12 +91,12 @@ class OwnView:
         )
         if waits:
             first, last = waits[0], waits[-1]
-            inside = f"now {last.op}" if last.op != first.op else ""
             status = dataclasses.replace(
                 status,
                 state=State.WAITING,
                 waits_for=first.op,
-                detail=", ".join(filter(None, (first.detail, inside))),
+                detail=first.detail,
+                part=last.op if last.op != first.op else "",
                 group=self._ranks(first.group),
                 waited_s=clock_s - max(first.since_s, self.communicated_at_s),
             )
