@@ -222,6 +222,8 @@ def _open_checkpoint(tag_dir: str, exclude_frozen: bool) -> _Checkpoint:
     try:
         optim_files = get_optim_files(tag_dir)
     except FileNotFoundError:
+        if os.path.isfile(os.path.join(tag_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")):
+            return _open_untrained(tag_dir, exclude_frozen)
         return _open_stage0(tag_dir, exclude_frozen)
     states = _partitions(optim_files, tag_dir)
     stage, world = int(states[0]["zero_stage"]), len(states)
@@ -396,6 +398,17 @@ def _stored(value: torch.Tensor) -> _Weight:
 def _in_module_order(model: Mapping[str, Any], weights: dict[str, _Weight]) -> dict[str, _Weight]:
     ordered = {name: weights[name] for name in model["module"] if name in weights}
     return {**ordered, **weights}
+
+
+def _open_untrained(tag_dir: str, exclude_frozen: bool) -> _Checkpoint:
+    """Stage 3 without an optimizer: all parameters are frozen ones."""
+    model = _module_file(get_model_state_file(tag_dir, 3))
+    if model.get("param_shapes"):
+        raise FileNotFoundError(f"{tag_dir}: expected files *_optim_states.pt, which hold the trained weights")
+    world, aliases = int(model.get("dp_world_size") or 1), _aliases(model)
+    frozen = {} if exclude_frozen else _frozen_stage3(model, world, tag_dir)
+    weights = _in_module_order(model, {**frozen, **_buffers(model)})
+    return _Checkpoint(3, world, weights, {a: t for a, t in aliases.items() if t in weights})
 
 
 def _open_stage0(tag_dir: str, exclude_frozen: bool) -> _Checkpoint:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
-from tests.helpers.ckpt import assert_same, build, config, train
+from tests.helpers.ckpt import assert_same, build, config, train, whole
 from tests.helpers.dist import run_ranks
 from tests.helpers.models import Tricky
 
@@ -29,12 +29,6 @@ def settings(dtype: str = "fp32", persistent: int = 0, gather: bool = True) -> d
     made["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
     made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = gather
     return made
-
-
-def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all values. Collective."""
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def other_values(module: nn.Module, seed: int) -> dict[str, torch.Tensor]:

@@ -75,9 +75,15 @@ def train(engine: Any, rank: int, steps: int, seed: int, dropout_seed: int | Non
     return losses
 
 
+def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the values in the module's state dict, partitioned or not. Collective."""
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+
 def snapshot(engine: Any) -> dict[str, Any]:
     """Everything that a resumed run must have in common with one that went on. Collective."""
-    state: dict[str, Any] = {f"module.{k}": v.clone() for k, v in engine.module.state_dict().items()}
+    state: dict[str, Any] = {f"module.{k}": v for k, v in whole(engine.module).items()}
     if engine._flat is None:
         return state
     for slot in engine._flat.slots():

@@ -47,6 +47,11 @@ class PartitionedWeights:
         self._mp_rank = mp_rank
         first = self._model_file(0)
         self.reader = NativeZeroReader(tag_dir, mp_rank=mp_rank) if optim_states_paths(tag_dir, mp_rank) else None
+        if self.reader is None and first.get("param_shapes"):
+            raise CheckpointError(
+                f"{self.tag_dir} was saved with ZeRO stage 3, which keeps trained weights in the optimizer files, but no "
+                "*_optim_states.pt file is there; copy the whole folder"
+            )
         self.world_size = self.reader.world_size if self.reader is not None else int(first.get("dp_world_size") or 1)
         missing = [rank for rank in range(self.world_size) if not self._path(rank).is_file()]
         if missing:
