@@ -109,12 +109,13 @@ def run_engine(kind: str, rank: int, config: dict, *, optimizer: str, windows: i
             engine.step()
             if engine.global_steps > before:
                 trace.norms.append(float(engine.get_global_grad_norm()))
-        for name, param in trained(model).items():
-            weights = param.detach().clone()
-            if param.dtype != torch.float32:
-                weights = safe_get_full_fp32_param(param)
-                assert torch.equal(param, weights.to(param.dtype)), f"{name}: weights are not the rounded masters"
-            trace.weights[name] = weights
+        with deepspeed.zero.GatheredParameters(trained(model).values()):
+            for name, param in trained(model).items():
+                weights = param.detach().clone()
+                if param.dtype != torch.float32:
+                    weights = safe_get_full_fp32_param(param)
+                    assert torch.equal(param, weights.to(param.dtype)), f"{name}: weights are not the rounded masters"
+                trace.weights[name] = weights
     finally:
         engine.destroy()
     return trace

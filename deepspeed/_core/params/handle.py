@@ -242,10 +242,13 @@ class ParamHandle:
     def _settle_replaced(self) -> None:
         data = self.param.data
         self._hide()
-        cast = data.shape == self.shape and data.device == self._poison.device and data.dtype != self.dtype
-        if cast and data.is_floating_point() and data.view(-1)[0].isnan().item() and not self.trained:
-            self.adopt(self.shard.to(data.dtype))
-            return
+        if data.shape == self.shape and data.device == self._poison.device and data.isnan().all().item():
+            # Nothing but the placeholder: cast, or copied, as Transformers does when it pads a bias by nothing.
+            if data.dtype == self.dtype:
+                return
+            if not self.trained:
+                self.adopt(self.shard.to(data.dtype))
+                return
         was = f"{data.dtype} data of shape {tuple(data.shape)} on {data.device}"
         raise RuntimeError(
             f"parameter {self.label} was given {was} while it was partitioned, and that is lost. To change its values, "
@@ -278,21 +281,36 @@ class ParamHandle:
         self.status = ZeroParamStatus.INFLIGHT
         return GatherItem(shard, self._full, self.id)
 
+    def lend(self) -> GatherItem | PackedItem:
+        """What to give to the ranks that gather this parameter while this one has it, or is about to."""
+        if self._full is None:
+            return GatherItem(self.full, self.full, self.id)
+        unread = torch.empty_like(self._full)
+        return PackedItem(self.packed, unread, self.id) if self.packed else GatherItem(self.shard, unread, self.id)
+
     def track(self, pending: Pending) -> None:
-        """Notes the gather that brings the data."""
-        self._pending = pending
-        self.status = ZeroParamStatus.INFLIGHT
+        """Notes the gather that brings the data, or for which the shard is lent."""
+        earlier, self._pending = self._pending, pending
+        if earlier is not None:
+
+            def finish() -> None:
+                earlier.wait()
+                pending.wait()
+
+            self._pending = Pending(finish=finish)
+        if not self.available:
+            self.status = ZeroParamStatus.INFLIGHT
 
     def finish(self) -> None:
         """Waits for the gather; the parameter is available afterwards. Idempotent."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.wait()
+        except BaseException:
+            self._free()
+            raise
         if self._status is ZeroParamStatus.INFLIGHT:
-            pending, self._pending = self._pending, None
-            try:
-                if pending is not None:
-                    pending.wait()
-            except BaseException:
-                self._free()
-                raise
             self._show(self.full)
 
     def allocate(self) -> torch.Tensor:
@@ -391,21 +409,29 @@ def handles_of(tensors: Iterable[Any]) -> list[ParamHandle]:
     return list(found.values())
 
 
-def fetch(handles: Sequence[ParamHandle], *, exact: bool = False, secondary: SecondaryShards | None = None) -> int:
+def fetch(
+    handles: Sequence[ParamHandle],
+    *,
+    exact: bool = False,
+    secondary: SecondaryShards | None = None,
+    join: bool = False,
+) -> int:
     """Starts gathering the released ones, together; returns their elements. Collective.
 
     Wait with :meth:`ParamHandle.finish`. Handles over different groups are gathered group by group. ``exact``: with all
-    bits, whatever the transport; ``secondary``: from these copies (hpZ), where they are.
+    bits, whatever the transport; ``secondary``: from these copies (hpZ), where they are; ``join``: gathers all of them,
+    for ranks that miss some that are here.
     """
-    wanted = [h for h in handles if h._status is ZeroParamStatus.NOT_AVAILABLE]
+    wanted = [h for h in handles if join or h._status is ZeroParamStatus.NOT_AVAILABLE]
     for handle in wanted:  # before any of them takes memory
-        handle.check_untouched()
+        if handle._status is ZeroParamStatus.NOT_AVAILABLE:
+            handle.check_untouched()
     total = sum(handle.numel for handle in wanted)
     if secondary is not None and not exact:
         near = [handle for handle in wanted if handle.id in secondary]
         if near:
             wanted = [handle for handle in wanted if handle.id not in secondary]
-            _start(near, exact, lambda _: secondary.gather([(h.id, h.full, h.id) for h in near]))
+            _start(near, exact, lambda items: secondary.gather([(i.key, i.full, i.key) for i in items]))
     groups: dict[tuple[int, bool], list[ParamHandle]] = {}
     for handle in wanted:
         groups.setdefault((id(handle.transport), exact and handle.packed is None), []).append(handle)
@@ -417,13 +443,16 @@ def fetch(handles: Sequence[ParamHandle], *, exact: bool = False, secondary: Sec
 
 
 def _start(members: Sequence[ParamHandle], exact: bool, gather: Callable[[list[Any]], Pending]) -> None:
-    items = [handle.prepare() for handle in members]
+    released = [handle for handle in members if handle._status is ZeroParamStatus.NOT_AVAILABLE]
+    missing = {handle.id for handle in released}
+    items = [handle.prepare() if handle.id in missing else handle.lend() for handle in members]
     try:
         pending = gather(items)
     except BaseException:
-        for handle in members:
+        for handle in released:
             handle._free()
         raise
     for handle in members:
-        handle.exact = exact
+        if handle.id in missing:
+            handle.exact = exact
         handle.track(pending)

@@ -4,6 +4,9 @@
 in-place operation follows, so that views carry theirs on the base, too. Full backward hooks of modules would turn
 outputs into views and make in-place operations on them fail.
 
+[Note: kept tensors] A module may also keep a tensor (an auxiliary loss) as an attribute of itself, from which a gradient
+comes back before that of any output. Such attributes are watched as outputs are.
+
 [Note: frozen parameters] They have no accumulation that would end their use. When all gradients of a call's inputs and
 of the trainable parameters in its unit are there, none of its operations is left.
 """
@@ -11,6 +14,7 @@ of the trainable parameters in its unit are there, none of its operations is lef
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import types
 import weakref
@@ -20,8 +24,9 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from deepspeed._core.params.calls import Call
 from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
-from deepspeed._core.params.lifecycle import Call, Coordinator
+from deepspeed._core.params.lifecycle import Coordinator
 from deepspeed._core.params.units import Unit, UnitLimits, find_units
 from deepspeed.utils.logging import warning_once
 
@@ -81,7 +86,6 @@ class ModelHooks:
         self.detach()
         coordinator = self.coordinator
         coordinator.units = []
-        coordinator.forget_plan()
         for module in self.root.modules():
             before = coordinator_of(module)
             if before is not None and before is not self:
@@ -98,6 +102,7 @@ class ModelHooks:
                         part = self._make_unit(f"{path}.{inner_path}", inner, False, unit)
                         if part.handles or part.externals:
                             self._hook(inner, part)
+        coordinator.forget_plan()
         for module in self.root.modules():
             handles = handles_of(module._parameters.values())
             if any(not handle.persistent for handle in handles):
@@ -152,7 +157,8 @@ class ModelHooks:
 
     def _make_unit(self, path: str, module: torch.nn.Module, whole: bool, parent: Unit | None) -> Unit:
         own = handles_of(module.parameters(recurse=whole))
-        unit = Unit(len(self.coordinator.units), path, [h for h in own if not h.persistent], parent=parent)
+        members = [h for h in own if not h.persistent]
+        unit = Unit(len(self.coordinator.units), path, members, parent=parent, whole=whole)
         unit.trainable = [h for h in handles_of(module.parameters()) if h.param.requires_grad]
         for handle in handles_of(module.__dict__.get("_external_params", {}).values()):
             unit.externals[handle.id] = handle
@@ -211,7 +217,13 @@ def _module_hooks(
         error = sys.exc_info()[1]
         if is_root:
             coordinator.begin_pass()
-        call = coordinator.enter(unit)
+        try:
+            call = coordinator.enter(unit)
+        except BaseException:
+            calls.append((None, None))
+            if is_root:
+                coordinator.end_pass(failed=True)
+            raise
         calls.append((call, error))
         if torch.is_grad_enabled() and any(not h.param.requires_grad for h in call.handles):
             _watch_inputs(coordinator, call, args, kwargs)
@@ -226,7 +238,7 @@ def _module_hooks(
         error = sys.exc_info()[1]
         failed = output is None and error is not None and error is not error_before
         if not failed:
-            _watch_outputs(coordinator, call, output)
+            _watch_outputs(coordinator, call, output, mod)
         coordinator.leave(call, failed=failed)
         if is_root:
             coordinator.end_pass(failed=failed)
@@ -234,24 +246,31 @@ def _module_hooks(
     return _no_compile(before), _no_compile(after)
 
 
+_parts = itertools.count(-1, -1)  # parameters have the other integers
+
+
 def _watch_inputs(coordinator: Coordinator, call: Call, args: Any, kwargs: Any) -> None:
-    call.left = set()
+    call.inputs = set()
     keeper = weakref.ref(coordinator)
+    seen: set[int] = set()
     for tensor in tensors_in((args, kwargs)):
-        if not tensor.requires_grad or id(tensor) in call.left:
+        if not tensor.requires_grad or id(tensor) in seen:
             continue
-        part = id(tensor)
-        call.left.add(part)
+        seen.add(id(tensor))
+        part = next(_parts)
+        call.inputs.add(part)
 
         def on_gradient(_: torch.Tensor, part: int = part) -> None:
             owner = keeper()
             if owner is not None:
                 owner.part_done(call, part)
 
-        tensor.register_hook(on_gradient)
+        hook = tensor.register_hook(on_gradient)
+        if tensor.is_leaf:  # it may outlive the graph, and be given again
+            call.leaf_hooks.append(hook)
 
 
-def _watch_outputs(coordinator: Coordinator, call: Call, output: Any) -> None:
+def _watch_outputs(coordinator: Coordinator, call: Call, output: Any, module: torch.nn.Module) -> None:
     if not call.handles:
         return
     keeper = weakref.ref(coordinator)
@@ -263,32 +282,57 @@ def _watch_outputs(coordinator: Coordinator, call: Call, output: Any) -> None:
 
     grad = torch.is_grad_enabled()
     unknown: list[str] = []
-    addresses: dict[int, ParamHandle] | None = None
+    addresses = {h.storage_address(): h for h in call.handles}
     seen: set[int] = set()
     for tensor in tensors_in(output, unknown):
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        handle = handle_of(tensor)
-        if handle is None and tensor._base is not None:
-            if addresses is None:
-                addresses = {h.storage_address(): h for h in call.handles}
-            handle = addresses.get(_address(tensor))
+        handle = handle_of(tensor) or addresses.get(_address(tensor))
         if handle is not None:
             coordinator.adopt_output(handle, call)
-        if grad and tensor.requires_grad:
-            if not tensor.is_leaf:
-                tensor.register_hook(on_gradient)
-            base = tensor._base
-            if base is not None and base.requires_grad and not base.is_leaf:
-                base.register_hook(on_gradient)
-    if unknown and grad:
+        if grad:
+            _watch(tensor, on_gradient)
+    if not grad:
+        return
+    for tensor in _kept_tensors(module, call.unit.whole):
+        if id(tensor) not in seen:
+            _watch(tensor, on_gradient)
+    if unknown:
         call.sticky = True
         warning_once(
             f"module {call.unit.name or 'at the root'} returns {unknown[0]}, in which gradients cannot be "
             "watched: its parameters stay gathered until the end of backward. Return tensors, or containers or "
             "dataclasses of them"
         )
+
+
+def _watch(tensor: torch.Tensor, on_gradient: Callable[[torch.Tensor], None]) -> None:
+    """Calls the function when the tensor's gradient is there, see [Note: hooks on outputs]."""
+    if not tensor.requires_grad:
+        return
+    if not tensor.is_leaf:
+        tensor.register_hook(on_gradient)
+    base = tensor._base
+    if base is not None and base.requires_grad and not base.is_leaf:
+        base.register_hook(on_gradient)
+
+
+_MODULE_KEYS = frozenset(vars(torch.nn.Module()))
+
+
+def _kept_tensors(module: torch.nn.Module, whole: bool) -> Iterator[torch.Tensor]:
+    """Tensors with a history that the module (``whole``: or one below it) got as attributes, each once in its life."""
+    for part in module.modules() if whole else (module,):
+        if type(part).__module__.startswith("torch.nn."):
+            continue
+        for key, value in vars(part).items():
+            if key in _MODULE_KEYS:
+                continue
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None and not hasattr(tensor, "_ds_kept"):
+                    tensor._ds_kept = True  # type: ignore[attr-defined]
+                    yield tensor
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -29,15 +29,18 @@ from typing import Any
 
 import torch
 
-from deepspeed.comm import doctor
 from deepspeed._core.params.agreement import PlanBook, Run, Trace
 from deepspeed._core.params.calls import BackwardHold, Call, Stats, graph_task
 from deepspeed._core.params.compress import SecondaryShards
 from deepspeed._core.params.handle import ParamHandle, fetch
 from deepspeed._core.params.planner import Budget, Plan
 from deepspeed._core.params.units import Unit
+from deepspeed.comm import doctor
 
 __all__ = ["Call", "Coordinator", "Stats"]
+
+
+_SKIPPED = "plan, for a module that this rank may run later"
 
 
 class Coordinator:
@@ -60,6 +63,7 @@ class Coordinator:
         self._epoch = 0
         self._in_pass = False
         self._depth = 0
+        self._room_to_keep = budget.prefetch
         self._forward_run: Run | None = None
         self._trace = Trace()
         self._passed: Trace | None = None
@@ -91,9 +95,29 @@ class Coordinator:
         self.stats.gathers += 1
         self.stats.gathered_numel += numel
 
-    def _start_planned(self, ids: Sequence[int]) -> None:
+    def start_planned(self, ids: Sequence[int]) -> None:
+        """Gathers these together, whatever is there already, see [Note: the same on all ranks]. Collective."""
         group = [self.by_id[i] for i in ids]
         self.start(group, joining=group)
+
+    def keep(self, ids: Iterable[int]) -> int:
+        """Holds what a plan gathered and this rank did not use, within the limit of prefetching; returns its elements."""
+        handles = [self.by_id[i] for i in ids]
+        numel = sum(handle.numel for handle in handles)
+        if not numel or numel > self._room_to_keep:
+            return 0
+        self._room_to_keep -= numel
+        for handle in handles:
+            self.hold(handle, _SKIPPED)
+        return numel
+
+    def unkeep(self, ids: Iterable[int]) -> None:
+        """Ends :meth:`keep`: the module runs now, or the phase is over."""
+        for i in ids:
+            self.unhold(self.by_id[i], _SKIPPED)
+            self._room_to_keep += self.by_id[i].numel
+            if i in self._due:
+                self.let_go([i])
 
     def _on_change(self, handle: ParamHandle, taken: bool) -> None:
         if handle.persistent:
@@ -173,10 +197,7 @@ class Coordinator:
         self._in_pass, self._depth = True, 0
         self._trace = Trace()
         plan = self.book.plans[torch.is_grad_enabled()]
-        self._forward_run = self._follow(plan, 0, plan.forward_len) if plan is not None else None
-
-    def _follow(self, plan: Plan, begin: int, end: int) -> Run:
-        return Run(plan, begin, end, self._start_planned, self.let_go)
+        self._forward_run = Run(plan, 0, plan.forward_len, self) if plan is not None else None
 
     def end_pass(self, *, failed: bool) -> None:
         """The root's forward is over."""
@@ -192,14 +213,13 @@ class Coordinator:
             return
         if run is not None:
             run.complete()
-            self.book.deviated |= run.deviated
+            self.book.deviated |= run.deviated and torch.is_grad_enabled()
         if torch.is_grad_enabled():
             self._passed = self._trace
             self._passes += 1
-            return
-        self.release_all()
-        if self.book.plans[False] is None:
-            self.book.agree(False, self._trace, self.units)
+        else:
+            self.release_all()
+            self.book.end_evaluation(self._trace, self.units)
 
     def enter(self, unit: Unit) -> Call:
         """The unit's module is about to run: its parameters are whole when this returns. Collective."""
@@ -324,7 +344,7 @@ class Coordinator:
         self._ended_some = self._graph_made = False
         plan = self.book.plans[True]
         if plan is not None and self._passed is not None:
-            self._backward_run = self._follow(plan, plan.forward_len, len(plan.uses))
+            self._backward_run = Run(plan, plan.forward_len, len(plan.uses), self)
 
     def backward_of(self, call: Call) -> None:
         """The gradient of a call's output has come: its parameters are whole when this returns. Collective."""
@@ -403,12 +423,14 @@ class Coordinator:
         self._end_calls()
         trace, self._passed = self._passed, None
         passes, self._passes = self._passes, 0
-        if self.book.plans[True] is None and trace is not None and passes == 1:
-            self.book.agree(True, trace, self.units)
+        if trace is not None and passes == 1:
+            self.book.end_iteration(trace, self.units)
 
     def _end_calls(self) -> None:
         self._drop_orphans()
         for call in self._open:
+            for hook in call.leaf_hooks:
+                hook.remove()
             for handle in call.handles:
                 if self._graph_made and call.back in handle.holds:
                     self._orphans.append((handle, call.back))
@@ -423,10 +445,15 @@ class Coordinator:
         self._forward_run = self._backward_run = self._passed = None
         self._in_pass = self._in_backward = self._graph_made = False
         self._depth = self._passes = 0
+        self._room_to_keep = self.budget.prefetch
         self._clear_stack()
         for handle in self.handles:
+            handle.holds.pop(_SKIPPED, None)
+        for handle in self.handles:
             if handle.in_flight:
-                handle.finish()
+                # The exception that brought us here is the one to report, not what it did to a gather.
+                with contextlib.suppress(RuntimeError):
+                    handle.finish()
         self._end_calls()
 
     def _clear_stack(self) -> None:
@@ -449,10 +476,10 @@ class Coordinator:
     # -- the plan ----------------------------------------------------------------------------------------------------
 
     def forget_plan(self) -> None:
-        """Records the order of uses anew. Every rank must do it at the same point."""
-        self.book.forget()
+        """Goes back to the order of the model, and records anew. Every rank must do it at the same point."""
+        self.book.expect(self.units)
 
     @property
     def plan(self) -> Plan | None:
-        """The agreed plan of a training iteration, if there is one yet."""
-        return self.book.plans[True]
+        """The plan of a training iteration from a recorded order, if there is one yet."""
+        return self.book.plans[True] if self.book.recorded[True] else None

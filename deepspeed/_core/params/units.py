@@ -45,6 +45,8 @@ class Unit:
     """Calls that run forward now."""
     externals: dict[int, ParamHandle] = field(default_factory=dict)
     """Used by this unit's module, but owned by others."""
+    whole: bool = False
+    """With everything below its module."""
 
     @property
     def members(self) -> list[ParamHandle]:

@@ -111,21 +111,18 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         self.parameter_offload.coordinator.end_backward()
 
     def _before_update(self) -> None:
-        self.parameter_offload.coordinator.end_backward()
-        self.parameter_offload.coordinator.release_all()
-        self.parameter_offload.coordinator.forget_copies()
+        self.parameter_offload.coordinator.before_update()
 
     def _after_update(self) -> None:
         self.parameter_offload.coordinator.refresh_persistent()
 
     def _extra_flags(self) -> list[float]:
-        coordinator = self.parameter_offload.coordinator
-        flag, coordinator.deviated = float(coordinator.deviated), False
-        return [flag]
+        return self.parameter_offload.coordinator.book.flags()
 
     def _take_extra(self, sums: list[float]) -> None:
-        if sums[0] == self.transport.world_size:
-            self.parameter_offload.coordinator.forget_plan()
+        coordinator = self.parameter_offload.coordinator
+        if coordinator.book.same_deviation(sums, self.transport.world_size):
+            coordinator.book.adopt(coordinator.units)
 
     def _publish(self, bucket: Bucket) -> Pending:
         return Pending()
