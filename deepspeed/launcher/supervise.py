@@ -34,6 +34,8 @@ logger = logging.getLogger("DeepSpeedLauncher")
 #: the next rung. SIGTERM leaves time for a last checkpoint.
 LADDERS: dict[str, Sequence[tuple[float, signal.Signals]]] = {
     "failure": ((0, signal.SIGTERM), (5, signal.SIGKILL)),
+    # A rank that was killed could say nothing: the others get a moment to tell what it was doing (the hang doctor).
+    "killed": ((3, signal.SIGTERM), (8, signal.SIGKILL)),
     "SIGINT": ((0, signal.SIGINT), (10, signal.SIGTERM), (15, signal.SIGKILL)),
     "SIGTERM": ((0, signal.SIGTERM), (30, signal.SIGKILL)),
     "SIGHUP": ((0, signal.SIGTERM), (30, signal.SIGKILL)),
@@ -170,7 +172,7 @@ class _Supervisor:
         if self._rung >= len(ladder):
             return
         number = ladder[self._rung][1]
-        if self._rung > 0:
+        if self._rung > 0 or ladder[0][0] > 0:
             late = ", ".join(str(rank.plan.rank) for rank in self._running)
             logger.warning(f"rank(s) {late} did not end; sending {number.name}")
         self._rung += 1
@@ -193,8 +195,8 @@ class _Supervisor:
             if self._cause is None:
                 self._code = code
                 self._report(rank, returned)
-                self._begin("failure")
-            elif self._cause != "failure":
+                self._begin("failure" if returned > 0 else "killed")
+            elif self._cause not in ("failure", "killed"):
                 self._code = 128 + signal.Signals[self._cause]
 
     def _report(self, rank: _Rank, returned: int) -> None:

@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 from deepspeed._core.precision.policy import PrecisionPolicy
 from deepspeed._core.reduce.reducer import ReducePolicy
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import doctor
 from deepspeed.errors import ConfigError
 from deepspeed.ops.registry import build_optimizer, is_zero_tested
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -140,7 +141,8 @@ def prepare_module(
         copies = [t.contiguous() for t in unique]
         works = [dist.broadcast(t, source, group=group, async_op=True) for t in copies]
         for work, tensor, copy in zip(works, unique, copies, strict=True):
-            work.wait()
+            with doctor.waiting("broadcast", "buffers and frozen parameters"):
+                work.wait()
             if copy is not tensor:
                 tensor.copy_(copy)
 

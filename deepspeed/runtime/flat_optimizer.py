@@ -30,6 +30,7 @@ from deepspeed._core.reduce.transport import Pending, Transport, make_transport
 from deepspeed._core.reduce.verify import GradientCheck
 from deepspeed._core.step.handover import carry_state
 from deepspeed._core.step.stepper import make_stepper
+from deepspeed.comm import doctor
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
 from deepspeed.utils.logging import log_dist, warning_once
@@ -164,7 +165,8 @@ class FlatOptimizer(DeepSpeedOptimizer):
         def finish() -> None:
             bucket, source, work = waiting.pop(0)
             if work is not None:
-                work.wait()
+                with doctor.waiting("broadcast", "initial weights"):
+                    work.wait()
             bucket.adopt(source, sharded_master=not self._whole)
 
         first = self.transport.global_rank(0)

@@ -80,10 +80,13 @@ class ParamTransport(abc.ABC):
                 keep.append(piece.contiguous())
                 works.append(dist.isend(keep[-1], self.global_rank(rank), group=self.group, tag=_TAG_SCATTER))
             _fill(shard, full, root)
-            for work in works:
-                work.wait()
+            with doctor.waiting("scatter", "a parameter", group=self.group):
+                for work in works:
+                    work.wait()
         else:
-            dist.irecv(shard, self.global_rank(root), group=self.group, tag=_TAG_SCATTER).wait()
+            work = dist.irecv(shard, self.global_rank(root), group=self.group, tag=_TAG_SCATTER)
+            with doctor.waiting("scatter", "a parameter", group=self.group):
+                work.wait()
 
     def collect(
         self, shard: torch.Tensor, numel: int, out: torch.Tensor | None, *, key: int = 0, root: int = 0

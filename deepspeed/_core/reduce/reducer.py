@@ -30,6 +30,7 @@ import torch
 
 from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed._core.reduce.transport import Pending, Transport
+from deepspeed.comm import doctor
 from deepspeed.utils.logging import warning_once
 
 __all__ = ["GradReducer", "ReducePolicy"]
@@ -220,6 +221,7 @@ class GradReducer:
         if not self._open:
             self.begin_backward()
         slot = bucket.slots[position]
+        doctor.now.parameter = slot.name
         if bucket.launched:
             self._late[id(slot)] = slot
             return
