@@ -128,7 +128,7 @@ class Transport(abc.ABC):
             dist.all_reduce(values, group=self.group)
         return values
 
-    def free_buffers(self) -> None:
+    def free_buffers(self) -> None:  # noqa: B027 (most keep none)
         """Gives back memory that was kept for the next reductions. Not collective; nothing may be in flight."""
 
     def global_rank(self, rank: int) -> int:
