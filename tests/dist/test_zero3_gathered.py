@@ -327,8 +327,8 @@ def nested(rank: int, world_size: int) -> None:
                 if outer == inner == 0 or inner == 0:
                     first.data.fill_(rank + 1)
             assert first.ds_status is second.ds_status is THERE and model[0].bias.ds_status is GONE
-            if inner == 0:
-                assert first.unique().tolist() == [1]
+            if inner == 0:  # shared by now, unless the outer context will
+                assert first.unique().tolist() == [1 if outer is None else rank + 1]
             with zero.GatheredParameters(first, modifier_rank=inner):
                 if outer == 0 and inner is None:
                     with torch.no_grad():
@@ -339,6 +339,11 @@ def nested(rank: int, world_size: int) -> None:
         assert torch.equal(values(first), expected[outer, inner]), (outer, inner)
         with zero.GatheredParameters(first, modifier_rank=0):
             first.data.copy_(before)
+    with zero.GatheredParameters(first, modifier_rank=0):  # Transformers initialises like this
+        if rank == 0:
+            with zero.GatheredParameters(first, modifier_rank=0):
+                first.data.fill_(9)
+    assert values(first).unique().tolist() == [9]
     with zero.GatheredParameters(first):  # an inner change that is kept, and an outer one that is lost
         with zero.GatheredParameters(first, modifier_rank=0):
             first.data.zero_()

@@ -32,7 +32,8 @@ def gather_exactly(handles: Sequence[ParamHandle]) -> None:
 class GatheredParameters:
     """Inside, partitioned parameters are whole; afterwards they are released again. Collective, entering and leaving.
 
-    Contexts may be nested, also over the same parameters, and may stay open while a generator yields. Views taken inside
+    Contexts may be nested, also over the same parameters, and may stay open while a generator yields. One inside another
+    with the same parameters and modifier does nothing, so that not every rank needs to open it. Views taken inside
     stay valid afterwards. Persistent parameters, and what a running module needs, stay whole. After an exception inside, the
     values are as before.
 
@@ -136,6 +137,8 @@ class GatheredParameters:
         """The modifier's values become everyone's."""
         wrong: list[str] = []
         for handle in self._handles:
+            if any(context.src_rank == self.src_rank for context in _contexts(handle) if context is not self):
+                continue  # it is for that context to do; clients open this one on the modifier alone
             data = handle.param.data
             if data.shape != handle.shape:
                 wrong.append(
