@@ -122,10 +122,10 @@ class Coordinator:
     def _on_change(self, handle: ParamHandle, taken: bool) -> None:
         if handle.persistent:
             return
-        if self.secondary is not None and not taken and not self._in_backward and torch.is_grad_enabled():
+        forward = not self._in_backward and torch.is_grad_enabled()
+        if self.secondary is not None and not taken and forward and handle.available:
             # hpZ: backward gathers from copies of what forward used.
-            if handle.available:
-                self.secondary.keep(handle.id, handle.full)
+            self.secondary.keep(handle.id, handle.full)
         self.live_numel += handle.numel if taken else -handle.numel
         if taken:
             self.stats.peak_live_numel = max(self.stats.peak_live_numel, self.live_numel)
