@@ -319,7 +319,10 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """The wrapped module's state dict, optionally without frozen parameters (buffers stay)."""
+        """The wrapped module's state dict, optionally without frozen parameters (buffers stay).
+
+        With ZeRO-3, parameters that are not whole now are tensors on the meta device.
+        """
         extra = {} if destination is None else {"destination": destination}
         state = self.module.state_dict(**extra, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
@@ -331,7 +334,10 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def load_module_state_dict(
         self, state_dict: dict[str, Any], strict: bool = True, custom_load_fn: Callable[..., Any] | None = None
     ) -> None:
-        """Loads weights into the module and makes the fp32 masters follow."""
+        """Loads weights into the module and makes the fp32 masters follow.
+
+        With ZeRO-3 every rank gives the same whole state dict, and takes its own part of it. Not collective.
+        """
         if custom_load_fn is not None:
             custom_load_fn(src=state_dict, dst=self.module)
         else:
@@ -342,7 +348,11 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def save_16bit_model(
         self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
     ) -> bool:
-        """Writes the model's weights, in the model's dtype, to one file on rank 0. True when saved. Collective."""
+        """Writes the model's weights, in the model's dtype, to one file on rank 0. True when saved. Collective.
+
+        With ZeRO-3, rank 0 needs host memory for the whole model. Without ``stage3_gather_16bit_weights_on_model_save``
+        nothing is saved, which a warning says, and False returned.
+        """
         return engine_checkpoint.save_weights(self, save_dir, save_filename, exclude_frozen_parameters)
 
     save_fp16_model = save_16bit_model
@@ -386,6 +396,11 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         return engine_checkpoint.load(self, load_dir, tag, what)
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+        """The whole model's state dict on rank 0 in host memory, None on the others. Collective.
+
+        Raises:
+            ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``.
+        """
         return engine_checkpoint.consolidated(self, exclude_frozen_parameters)
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:

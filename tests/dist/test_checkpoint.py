@@ -358,7 +358,7 @@ def optimizers(rank: int, world: int, folder: str, stage: int) -> None:
         train(engine, rank, 1, seed=5)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, 3])
 def test_optimizers_and_their_kinds(tmp_path: Path, stage: int) -> None:
     run_ranks(optimizers, 2, str(tmp_path), stage)
 

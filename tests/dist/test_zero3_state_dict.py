@@ -109,6 +109,23 @@ def test_copies_pickles_and_united_models_have_no_traces() -> None:
     run_ranks(no_traces, 2)
 
 
+def copied_in_parts(rank: int, world: int) -> None:
+    """Copies that are made while the model is being built, as of a layer, are partitioned and behave as their original."""
+    with deepspeed.zero.Init(config_dict_or_path=CONFIG):
+        layer = nn.Linear(5, 3)
+        twin = copy.deepcopy(layer)
+        assert twin.state_dict()["weight"].is_meta
+        twin.load_state_dict({"weight": torch.ones(3, 5), "bias": torch.zeros(3)})
+        layer.load_state_dict({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)})
+    assert whole(twin)["weight"].eq(1).all() and whole(layer)["weight"].eq(0).all()
+    again = copy.deepcopy(twin)
+    assert again.state_dict()["weight"].eq(1).all() and not hasattr(again.weight, "ds_id")
+
+
+def test_copies_of_layers_under_construction() -> None:
+    run_ranks(copied_in_parts, 2)
+
+
 def own_hooks(rank: int, world: int) -> None:
     """Hooks that users registered before can still be removed after."""
     model = nn.Linear(5, 3)
