@@ -136,7 +136,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         with self._progress.phase("backward"):
             scaled = loss / steps if scale_wrt_gas and steps > 1 else loss
             try:
-                flat.backward(scaled, retain_graph=retain_graph, create_graph=create_graph)
+                flat.backward(scaled, retain_graph=retain_graph or create_graph, create_graph=create_graph)
             except BaseException:
                 if self._boundary is None:
                     self.micro_steps -= self.micro_steps % steps
