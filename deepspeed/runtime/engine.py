@@ -108,10 +108,15 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped module and returns its output unchanged."""
         doctor.now.phase = "forward"
-        with self._progress.phase("forward"), self._autocast():
-            if self._precision.cast_inputs:
-                args, kwargs = self._cast_inputs(args), self._cast_inputs(kwargs)
-            return self.module(*args, **kwargs)
+        try:
+            with self._progress.phase("forward"), self._autocast():
+                if self._precision.cast_inputs:
+                    args, kwargs = self._cast_inputs(args), self._cast_inputs(kwargs)
+                return self.module(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            if self._offload is not None:  # these pass the hooks of modules by
+                self._offload.coordinator.abort()
+            raise
 
     def backward(
         self, loss: torch.Tensor, scale_wrt_gas: bool = True, retain_graph: bool = False, **kwargs: Any

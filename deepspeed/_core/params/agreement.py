@@ -242,7 +242,7 @@ def expected_trace(units: Sequence[Unit]) -> Trace:
 
     ``units``: parents before children. Backward begins with a parent, too: with its output.
     """
-    known = [unit for unit in units if unit.parent is None and unit.members]
+    known = [unit for unit in units if unit.parent is None and (unit.members or not unit.name)]
     trace = Trace()
 
     def visit(begin: int, end: int) -> list[int]:

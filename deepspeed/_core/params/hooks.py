@@ -236,7 +236,7 @@ def _module_hooks(
         if call is None:
             return
         error = sys.exc_info()[1]
-        failed = output is None and error is not None and error is not error_before
+        failed = error is not None and error is not error_before
         if not failed:
             _watch_outputs(coordinator, call, output, mod)
         coordinator.leave(call, failed=failed)

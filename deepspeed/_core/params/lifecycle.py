@@ -192,6 +192,7 @@ class Coordinator:
             self._depth += 1
             return
         self.end_backward()
+        self._clear_stack()
         self._drop_orphans()
         self.release_all()
         self._in_pass, self._depth = True, 0
