@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import deepspeed
 from deepspeed import zero
 from tests.clients.test_transformers import SAVING, assert_close, check_exports, make_trainer
 from tests.clients.test_transformers import config as make_config
-from tests.helpers.clients import assert_identical, run_clients, tiny_gpt2
+from tests.helpers.clients import assert_identical, free_port, run_clients, tiny_gpt2
 
 pytestmark = pytest.mark.client
 
@@ -374,3 +378,23 @@ def test_models_of_many_kinds(tmp_path: Path) -> None:
         torch.manual_seed(1)
         getattr(transformers, name)(getattr(transformers, settings)(**options)).save_pretrained(tmp_path / name)
     run_clients(train_models, 2, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path: Path) -> None:
+    """Launched as its users do; what it saves is a whole model for plain Transformers."""
+    root = Path(__file__).resolve().parents[2]
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    script = [str(root / "examples/transformers_zero3.py"), "--output", str(tmp_path / "out"), "--steps", "8"]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = ["--layers", "2", "--width", "64", "--context", "32"]
+    ran = subprocess.run(
+        [*launch, *script, *options], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    held = re.search(r"(\d+) parameters, of which this rank holds (\d+)", ran.stdout)
+    assert held is not None and int(held[2]) <= int(held[1]) / 2 + 100
+    assert "validation loss" in ran.stdout and "def " in ran.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.num_parameters() == int(held[1])
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())

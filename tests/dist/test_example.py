@@ -45,7 +45,7 @@ def losses(text: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step +(\d+) \| loss ([\d.]+)", text)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(stage: int, tmp_path: Path) -> None:
     whole = losses(train("--steps", "6", stage=stage, folder=tmp_path))
     first = train("--steps", "3", "--save", "ckpt", stage=stage, folder=tmp_path)
