@@ -112,7 +112,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
             with self._progress.phase("forward"), self._autocast():
                 if self._precision.cast_inputs:
                     args, kwargs = self._cast_inputs(args), self._cast_inputs(kwargs)
-                return self.module(*args, **kwargs)
+                with self._offload.watching() if self._offload is not None else contextlib.nullcontext():
+                    return self.module(*args, **kwargs)
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             if self._offload is not None:  # these pass the hooks of modules by
                 self._offload.coordinator.abort()

@@ -221,6 +221,36 @@ def test_lora(tmp_path: Path) -> None:
     assert_identical({n: t.float() for n, t in loaded.items()}, weights)
 
 
+def adalora(rank: int, world_size: int, out: str, stage: int) -> list[float]:
+    import peft
+
+    settings = peft.AdaLoraConfig(
+        init_r=12,
+        target_r=4,
+        total_step=100,
+        tinit=10,
+        tfinal=10,
+        orth_reg_weight=0.5,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(3)
+    model = peft.get_peft_model(tiny_gpt2(), settings)
+    trainer = make_trainer(out, config(stage), model=model, learning_rate=3e-2)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_forward_that_iterates_over_parameters(tmp_path: Path) -> None:
+    """AdaLoRA adds a function of all its adapters to the loss, and does not read them as attributes."""
+    pytest.importorskip("peft", reason="the client is not installed: make test-clients installs it")
+    two, three = (run_clients(adalora, 2, str(tmp_path), stage) for stage in (2, 3))
+    assert three[0][-1] < three[0][0] - 0.1
+    for ours, theirs in zip(three, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 # -- without the Trainer -----------------------------------------------------------------------------------------------
 
 INFERENCE: dict[str, Any] = {

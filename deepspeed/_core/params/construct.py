@@ -29,7 +29,17 @@ from torch.overrides import TorchFunctionMode
 
 from deepspeed._core.params.handle import ParamHandle, handle_of
 
-__all__ = ["CONSTRUCTORS", "ORIGINALS", "Builder", "Loan", "building", "construction", "unwatched"]
+__all__ = [
+    "CONSTRUCTORS",
+    "ORIGINALS",
+    "Builder",
+    "Loan",
+    "building",
+    "construction",
+    "handles_among",
+    "unwatched",
+    "uses_data",
+]
 
 CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn")
 """Functions of ``torch`` that make tensors of the context's dtype and device inside ``zero.Init``."""
@@ -175,8 +185,8 @@ class _Mode(TorchFunctionMode):
             made = self.builder.constructors.get(func)
             if made is not None:
                 return made(*args, **kwargs)
-            if _uses_data(func):
-                released = [h for h in _handles_among((*args, *kwargs.values())) if not h.available]
+            if uses_data(func):
+                released = [h for h in handles_among((*args, *kwargs.values())) if not h.available]
                 if released:
                     self._borrow(released)
         return func(*args, **kwargs)
@@ -191,14 +201,17 @@ class _Mode(TorchFunctionMode):
             loans.append(self.builder.lend([h for h in handles if not h.available]))
 
 
-def _uses_data(func: Any) -> bool:
+def uses_data(func: Any, *, assignments: bool = True) -> bool:
+    """Whether a torch function, as a mode sees it, needs its arguments' data; ``assignments``: also ``tensor.data``."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
-        return getattr(getattr(func, "__self__", None), "__name__", "") in _DATA_ATTRIBUTES
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute in _DATA_ATTRIBUTES and (assignments or attribute != "data")
     return name not in _FACTS
 
 
-def _handles_among(values: Any) -> list[ParamHandle]:
+def handles_among(values: Any) -> list[ParamHandle]:
+    """Handles of the partitioned parameters among the arguments of a function."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -206,7 +219,7 @@ def _handles_among(values: Any) -> list[ParamHandle]:
             if handle is not None:
                 found.append(handle)
         elif isinstance(value, (list, tuple)):
-            found += _handles_among(value)
+            found += handles_among(value)
     return found
 
 

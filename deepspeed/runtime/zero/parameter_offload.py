@@ -5,6 +5,7 @@ An engine with an optimizer keeps it as ``engine.optimizer.parameter_offload``; 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
 from deepspeed._core.params.hooks import ModelHooks
 from deepspeed._core.params.lifecycle import Coordinator
 from deepspeed._core.params.planner import Budget
+from deepspeed._core.params.strays import StrayUses
 from deepspeed._core.params.units import UnitLimits
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.module_state import watch_state
@@ -115,6 +117,7 @@ class DeepSpeedZeRoOffload:
         self.topology = topology
         self.coordinator = Coordinator(handles, budget_of(zero), topology.secondary)
         self._hooks = ModelHooks(module, self.coordinator, limits_of(zero))
+        self._strays = StrayUses(module, self.coordinator)
         self.param_coordinator = _TraceView(self.coordinator)
 
     @property
@@ -138,11 +141,17 @@ class DeepSpeedZeRoOffload:
     def attach(self) -> None:
         """Hooks the module; persistent parameters become whole. Collective."""
         self._hooks.attach()
+        self._strays.forget()
         self.coordinator.refresh_persistent()
 
     def _register_deepspeed_module(self, module: torch.nn.Module, count: list[int] | None = None) -> None:
         """Puts the hooks back after a client has removed them."""
         self._hooks.attach()
+        self._strays.forget()
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for a pass of the module, in which uses of parameters are found that no hook sees."""
+        return self._strays.watching()
 
     setup_zero_stage3_hooks = attach
 
