@@ -187,6 +187,31 @@ def test_new_parameters_in_partitioned_modules(world_size: int) -> None:
     run_ranks(surgery, world_size)
 
 
+def other_stages(rank: int, world_size: int) -> None:
+    """What zero.Init or an engine has partitioned, another engine may train at another stage, or partition again."""
+    torch.manual_seed(3)
+    with zero.Init(config_dict_or_path=CONFIG):
+        model = Tricky(tied=True)
+    reference = make_engine(make_model("tied"), {"zero_optimization": {"stage": 2}})
+    data = iter(batches(rank, 4))
+    for stage in (3, 2, 3, 0):
+        engine = make_engine(model, {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 50}})
+        assert all(hasattr(p, "ds_id") == (stage == 3) for p in model.parameters())
+        x, y = next(data)
+        for each in (engine, reference):
+            each.backward(each(x, y))
+            each.step()
+        engine.destroy()
+        torch.testing.assert_close(values(model.inp.weight), reference.module.inp.weight.detach())
+        kind = {tensor.device.type for name, tensor in model.state_dict().items() if name == "inp.weight"}
+        assert kind == {"meta" if stage == 3 else "cpu"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_from_stage_to_stage(world_size: int) -> None:
+    run_ranks(other_stages, world_size)
+
+
 # -- forms -------------------------------------------------------------------------------------------------------------
 
 

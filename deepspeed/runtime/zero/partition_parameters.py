@@ -37,6 +37,7 @@ from deepspeed.runtime.zero.gathered import (
 from deepspeed.runtime.zero.module_state import watch_state
 from deepspeed.runtime.zero.param_methods import partition_parameter, unpartition
 from deepspeed.runtime.zero.topology import param_transport
+from deepspeed.utils.logging import warning_once
 
 __all__ = [
     "GatheredParameters",
@@ -108,7 +109,7 @@ class Init:
         dtype: of floating-point parameters and of what torch's constructors make (``torch.zeros`` and the other
             :data:`~deepspeed._core.params.construct.CONSTRUCTORS`); default the config's, or without config each its own.
         mpu: gives ``get_data_parallel_group()``.
-        zero_param_parallel_group: the smaller group of hpZ (ZeRO++).
+        zero_param_parallel_group: without effect; the engine makes hpZ's groups from ``zero_hpz_partition_size``.
         zero_quantized_weights: gather int8 blocks (ZeRO++ qwZ).
         zero_quantized_nontrainable_weights: as ``zero_quantized_weights`` for frozen parameters.
         sequence_data_parallel_group: used like ``data_parallel_group``.
@@ -141,6 +142,11 @@ class Init:
             dist.init_distributed(verbose=False)
         parsed = _parse(config_dict_or_path if config_dict_or_path is not None else config)
         _check_remote(remote_device, param_swapper)
+        if zero_param_parallel_group is not None:
+            warning_once(
+                "zero.Init ignores zero_param_parallel_group: set zero_optimization.zero_hpz_partition_size in the "
+                "engine's config, which makes the groups"
+            )
         self.dtype = dtype or _config_dtype(parsed)
         self.override_module_apply = parsed is None or parsed.zero_config.override_module_apply
         self._group = self._choose_group(data_parallel_group, sequence_data_parallel_group, mpu)
