@@ -597,6 +597,32 @@ def around_engine(rank: int, world_size: int) -> None:
         assert_released(*[p for p in engine.parameters() if p.numel()])
 
 
+def averaged(rank: int, world_size: int) -> None:
+    """A copy of the model that follows it: an ordinary module, or one on an engine of its own."""
+    for config in (NONE_PERSIST, ALL_PERSIST):
+        engine = make_engine(make_model("reused"), config)
+        average = copy.deepcopy(engine.module)
+        frozen = deepspeed.initialize(model=copy.deepcopy(engine.module), config={**CONFIG, **config})[0]
+        for x, y in batches(rank, 3):
+            loss = engine(x, y)
+            assert torch.equal(average(x, y), loss) and torch.equal(frozen(x, y), loss)
+            engine.backward(loss)
+            engine.step()
+            pairs = list(zip(engine.module.parameters(), frozen.module.parameters(), average.parameters(), strict=True))
+            for ours, theirs, plain in pairs:
+                assert not hasattr(plain, "ds_id")
+                with zero.GatheredParameters([ours, theirs], modifier_rank=0):
+                    if rank == 0:
+                        theirs.data.copy_(ours.data)
+                    plain.data.copy_(ours.data)
+        assert all(torch.equal(values(theirs), plain) for _, theirs, plain in pairs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_averages_of_a_model(world_size: int) -> None:
+    run_ranks(averaged, world_size)
+
+
 def without_hooks(engine: Any, x: torch.Tensor, y: torch.Tensor) -> None:
     offload = engine.optimizer.parameter_offload
     for param in engine.parameters():

@@ -190,6 +190,7 @@ def construct(rank: int, world_size: int) -> dict[str, Any]:
             if late:
                 model.attached = nn.Parameter(torch.full((3,), float(rank)))
         assert_partitioned(model, world_size)
+        assert all(model.state_dict()[n].is_meta for n, _ in model.named_parameters())
         state = whole(model)
         if late:
             assert torch.equal(state.pop("attached"), torch.zeros(3))
@@ -700,6 +701,25 @@ def reads_on_one_rank(rank: int, world_size: int) -> None:
             with pytest.raises(RuntimeError, match="partitioned, and pickling it"):
                 pickle.dumps(model)
     assert_partitioned(model, world_size)
+
+
+def loads_inside(rank: int, world_size: int) -> None:
+    expected = Lists()
+    with zero.Init(config_dict_or_path=CONFIG):
+        model = Lists()
+        model.load_state_dict(expected.state_dict())
+        twin = copy.deepcopy(model)
+        twin.rows[0].data.add_(1)
+    assert_partitioned(model, world_size)
+    assert_partitioned(twin, world_size)
+    for name, tensor in whole(model).items():
+        assert torch.equal(tensor, expected.state_dict()[name])
+        assert torch.equal(whole(twin)[name], tensor + (name == "rows.0"))
+
+
+def test_loading_and_copying_inside() -> None:
+    run_ranks(loads_inside, 1)
+    run_ranks(loads_inside, 2)
 
 
 def test_facts_about_parameters_are_not_collective() -> None:

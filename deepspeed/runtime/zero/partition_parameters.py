@@ -205,8 +205,7 @@ class Init:
             if not torch.nn.parameter.is_lazy(param):  # it has no shape yet; ``initialize`` will see
                 path = f"{type(module).__name__}.{name}"
                 partition_parameter(param, self.transport, dtype=self.dtype, device=self.local_device, name=path)
-        if whole:
-            watch_state(module)
+        watch_state(module)  # deep copies of modules have partitioned parameters, and no hooks
 
 
 class _Partitioner(Builder):
