@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 import deepspeed
+import deepspeed.runtime.engine
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+# What torch and we make at first use is made here, once, before ranks are forked.
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()
+DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 3}})
 
 LR = 0.1
 WIDTH = 8

@@ -8,13 +8,18 @@ with the gradient norm of a step, they adopt the one of that step.
 A rank that skips a use gathers for it all the same, because the others wait for its shard. Uses outside of the plan are
 gathered on demand, which is right as long as all ranks do so. Hence ranks may differ in what they use of the plan, and
 not in what they use beyond it.
+
+[Note: the clock] Gradients are reduced while other parameters are gathered, and all ranks must mix the two in the same way,
+or each may wait for what the other does later. The plan's position in the backward is the clock of that: a bucket of
+gradients is sent, complete or not, when the clock reaches the point at which its last gradient was seen when the order
+was recorded, the latest on any rank.
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,6 +42,8 @@ class Trace:
     until: list[int] = field(default_factory=list)
     """By forward use, the last one that began before it ended."""
     backward: list[int] = field(default_factory=list)
+    ready: dict[int, int] = field(default_factory=dict)
+    """By parameter, how many uses had begun backward when its gradient was complete."""
 
     def begin(self, unit: int) -> int:
         """A unit begins forward; returns the use's place."""
@@ -58,8 +65,8 @@ class Follower(Protocol):
     def let_go(self, ids: Iterable[int]) -> None:
         """Releases these, now or when nobody holds them any more."""
 
-    def keep(self, ids: Iterable[int]) -> int:
-        """Holds these, if there is room for what was gathered and not used; returns their elements, 0 if there is none."""
+    def keep(self, ids: Iterable[int]) -> bool:
+        """Holds these, if there is room for what was gathered and not used; tells whether."""
 
     def unkeep(self, ids: Iterable[int]) -> None:
         """Ends that."""
@@ -69,12 +76,19 @@ class Run:
     """Follows one phase of a plan by position.
 
     What a rank skips stays for a while, in case that it only comes later than planned: then the data is there, and the
-    other ranks need not know.
+    other ranks need not know. ``tick`` is called with the number of uses of the phase that come before what comes now.
     """
 
-    def __init__(self, plan: Plan, begin: int, end: int, owner: Follower) -> None:
-        self._plan, self._at, self._end, self._owner = plan, begin, end, owner
+    def __init__(
+        self, plan: Plan, begin: int, end: int, owner: Follower, tick: Callable[[int], None] | None = None
+    ) -> None:
+        self._tick = tick
+        self._plan, self._begin, self._at, self._end, self._owner = plan, begin, begin, end, owner
         self._settled = begin
+        self._live: set[int] = set()
+        for position in range(begin):
+            self._live.update(i for group in plan.issue[position] for i in group)
+            self._live.difference_update(plan.release[position])
         self._skipped: dict[int, list[int]] = {}
         self.deviated = False
 
@@ -92,15 +106,23 @@ class Run:
         self._issue(found)
         return found
 
+    def has(self, param: int) -> bool:
+        """Whether the plan counts on this parameter's being whole now; others may go."""
+        return param in self._live
+
     def settle(self) -> None:
         """Releases what the plan releases with the uses so far, as far as nobody holds it."""
         while self._settled < self._at:
-            self._owner.let_go(self._plan.release[self._settled])
+            released = self._plan.release[self._settled]
             self._settled += 1
+            self._live.difference_update(released)
+            self._owner.let_go(released)
 
     def complete(self) -> None:
         """Issues what is left, for the ranks that do use it."""
         self._serve(self._end)
+        if self._tick is not None:
+            self._tick(self._end - self._begin)
         for positions in self._skipped.values():
             for position in positions:
                 self._owner.unkeep(self._plan.release[position])
@@ -115,9 +137,12 @@ class Run:
                 self._skipped.setdefault(self._plan.uses[position], []).append(position)
 
     def _issue(self, position: int) -> None:
+        if self._tick is not None:
+            self._tick(position - self._begin)
         self.settle()
         self._at = position + 1
         for group in self._plan.issue[position]:
+            self._live.update(group)
             self._owner.start_planned(group)
 
 
@@ -131,6 +156,8 @@ class PlanBook:
         """By whether gradients are wanted."""
         self.recorded = {True: False, False: False}
         """Whether the plan comes from a recorded order."""
+        self.ready: dict[int, int] = {}
+        """By trained parameter, when its gradient is complete in a backward of the plan; see [Note: the clock]."""
         self._tried = False
         self._latest: tuple[Trace, int] | None = None
         self.deviated = False
@@ -146,6 +173,8 @@ class PlanBook:
             trace = expected_trace(units)
             if not grad:
                 trace.backward = []
+            else:
+                self.ready = expected_ready(trace, units, self._trained())
             self.plans[grad] = self._plan(trace, units)
 
     def end_iteration(self, trace: Trace, units: Sequence[Unit]) -> None:
@@ -168,12 +197,18 @@ class PlanBook:
         )
 
     def adopt(self, units: Sequence[Unit]) -> None:
-        """Plans by the order of the last iteration. All ranks must have the same, and do it at the same point."""
-        if self._latest is not None:
-            self.plans[True] = self._plan(self._latest[0], units)
-            self.recorded[True] = True
-            self.deviated = False
-            self._say(True)
+        """Plans by the order of the last iteration, which all ranks must have in common. Collective."""
+        if self._latest is None:
+            raise AssertionError("a plan is to be adopted, and no iteration was recorded; please report this")
+        trace = self._latest[0]
+        trained = self._trained()
+        seen = self._latest_on_any_rank([trace.ready.get(handle.id, -1) for handle in trained])
+        guess = expected_ready(trace, units, trained)
+        self.ready = {h.id: guess[h.id] if at < 0 else at for h, at in zip(trained, seen, strict=True)}
+        self.plans[True] = self._plan(trace, units)
+        self.recorded[True] = True
+        self.deviated = False
+        self._say(True)
 
     def end_evaluation(self, trace: Trace, units: Sequence[Unit]) -> None:
         """A pass without gradients is over: adopts its order if it is the same on all ranks. Collective until then."""
@@ -209,15 +244,22 @@ class PlanBook:
         members = _members(trace.forward + trace.backward, units)
         return zlib.crc32(repr((trace.forward, trace.until, trace.backward, members)).encode())
 
+    def _trained(self) -> list[ParamHandle]:
+        return [handle for handle in self._handles if handle.alive and handle.param.requires_grad]
+
     def _same_on_all_ranks(self, value: int) -> bool:
+        high, low = self._latest_on_any_rank([value, -value])
+        return high == -low
+
+    def _latest_on_any_rank(self, values: list[int]) -> list[int]:
+        """The largest of each over the ranks. Collective."""
         transport = self._handles[0].transport if self._handles else None
         if transport is None or transport.world_size == 1:
-            return True
-        device = self._handles[0].shard.device
-        bounds = torch.tensor([value, -value], dtype=torch.int64, device=device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=transport.group)
-        high, low = bounds.tolist()
-        return bool(high == -low)
+            return values
+        largest = torch.tensor(values, dtype=torch.int64, device=self._handles[0].shard.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=transport.group)
+        found: list[int] = largest.tolist()
+        return found
 
     def _say(self, grad: bool) -> None:
         plan = self.plans[grad]
@@ -262,3 +304,23 @@ def expected_trace(units: Sequence[Unit]) -> Trace:
 
     trace.backward = visit(0, len(known))
     return trace
+
+
+def expected_ready(trace: Trace, units: Sequence[Unit], trained: Sequence[ParamHandle]) -> dict[int, int]:
+    """When gradients are complete by the structure of the model: how many uses have begun backward by then. Pure.
+
+    A unit's own are, when the last of the units inside it has run. Parameters of modules that are no units come after those
+    of the next module in the order of the model. ``trained``: in that order.
+    """
+    ready: dict[int, int] = {}
+    for position, index in enumerate(trace.backward):
+        unit, end = units[index], position + 1
+        inside = f"{unit.name}." if unit.name else ""
+        while end < len(trace.backward) and units[trace.backward[end]].name.startswith(inside):
+            end += 1
+        for handle in unit.completes:
+            ready[handle.id] = max(end, ready.get(handle.id, 0))
+    latest = 0
+    for handle in reversed(trained):
+        latest = ready.setdefault(handle.id, latest)
+    return ready

@@ -159,6 +159,7 @@ class ModelHooks:
         own = handles_of(module.parameters(recurse=whole))
         members = [h for h in own if not h.persistent]
         unit = Unit(len(self.coordinator.units), path, members, parent=parent, whole=whole)
+        unit.completes = [h for h in own if h.param.requires_grad]
         unit.trainable = [h for h in handles_of(module.parameters()) if h.param.requires_grad]
         for handle in handles_of(module.__dict__.get("_external_params", {}).values()):
             unit.externals[handle.id] = handle

@@ -24,7 +24,7 @@ when those are done: everything stays until the next pass or step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ from deepspeed.comm import doctor
 __all__ = ["Call", "Coordinator", "Stats"]
 
 
+# Elements that were gathered for modules which this rank has skipped, and may stay in case that they only come later.
+_KEPT_AT_LEAST = 1 << 24
 _SKIPPED = "plan, for a module that this rank may run later"
 
 
@@ -63,7 +65,7 @@ class Coordinator:
         self._epoch = 0
         self._in_pass = False
         self._depth = 0
-        self._room_to_keep = budget.prefetch
+        self._room_to_keep = self._most_kept = min(budget.max_live, max(budget.prefetch, _KEPT_AT_LEAST))
         self._forward_run: Run | None = None
         self._trace = Trace()
         self._passed: Trace | None = None
@@ -71,6 +73,12 @@ class Coordinator:
         self._passes = 0
         self._in_backward = False
         self._backward_run: Run | None = None
+        self.clock: int | None = None
+        """Place of a backward that follows a plan, in uses, see :mod:`deepspeed._core.params.agreement`; else None."""
+        self.on_tick: Callable[[], None] | None = None
+        """Called when the clock moves on. May communicate."""
+        self.on_backward_end: Callable[[], None] | None = None
+        """Called when a backward is over and all that it gathers is on its way. May communicate."""
         self._open: list[Call] = []
         self._watch: dict[int, list[Call]] = {}
         self._lazy: list[int] = []
@@ -100,16 +108,16 @@ class Coordinator:
         group = [self.by_id[i] for i in ids]
         self.start(group, joining=group)
 
-    def keep(self, ids: Iterable[int]) -> int:
-        """Holds what a plan gathered and this rank did not use, within the limit of prefetching; returns its elements."""
+    def keep(self, ids: Iterable[int]) -> bool:
+        """Holds what a plan gathered and this rank did not use, as far as there is room; tells whether."""
         handles = [self.by_id[i] for i in ids]
         numel = sum(handle.numel for handle in handles)
-        if not numel or numel > self._room_to_keep:
-            return 0
+        if numel > self._room_to_keep:
+            return False
         self._room_to_keep -= numel
         for handle in handles:
             self.hold(handle, _SKIPPED)
-        return numel
+        return True
 
     def unkeep(self, ids: Iterable[int]) -> None:
         """Ends :meth:`keep`: the module runs now, or the phase is over."""
@@ -118,6 +126,11 @@ class Coordinator:
             self._room_to_keep += self.by_id[i].numel
             if i in self._due:
                 self.let_go([i])
+
+    def _tick(self, uses: int) -> None:
+        self.clock = uses
+        if self.on_tick is not None:
+            self.on_tick()
 
     def _on_change(self, handle: ParamHandle, taken: bool) -> None:
         if handle.persistent:
@@ -160,6 +173,10 @@ class Coordinator:
             else:
                 self._due.discard(i)
                 handle.release()
+
+    def _let_go_unplanned(self, ids: Iterable[int], run: Run | None) -> None:
+        """As :meth:`let_go`, but for what a plan still counts on."""
+        self.let_go(i for i in ids if run is None or not run.has(i))
 
     def release_all(self) -> None:
         """Releases everything that is not persistent and not held."""
@@ -259,7 +276,7 @@ class Coordinator:
             own = {handle.id for handle in handles}
             lazy, self._lazy = self._lazy, []
             self._lazy = [i for i in lazy if i in own]
-            self.let_go(i for i in lazy if i not in own)
+            self._let_go_unplanned((i for i in lazy if i not in own), self._backward_run)
             used, latest = self._last_use, self._backward_uses
             joining = [] if planned else [h for h in handles if used.get(h.id, latest) != latest]
             self.start(handles, joining=joining)
@@ -308,7 +325,7 @@ class Coordinator:
         for handle in call.handles:
             self.unhold(handle, call)
         if call.position is None or self._forward_run is None:
-            self.let_go(h.id for h in call.handles)
+            self._let_go_unplanned((h.id for h in call.handles), self._forward_run)
         else:
             self._forward_run.settle()
             self.let_go([h.id for h in call.handles if h.id in self._due])
@@ -344,8 +361,10 @@ class Coordinator:
         self._last_use, self._backward_uses = {}, 0
         self._ended_some = self._graph_made = False
         plan = self.book.plans[True]
-        if plan is not None and self._passed is not None:
-            self._backward_run = Run(plan, plan.forward_len, len(plan.uses), self)
+        # Several passes share their parameters, whose gradients are complete later than the plan of one pass has it.
+        if plan is not None and self._passed is not None and self._passes == 1:
+            self.clock = 0
+            self._backward_run = Run(plan, plan.forward_len, len(plan.uses), self, self._tick)
 
     def backward_of(self, call: Call) -> None:
         """The gradient of a call's output has come: its parameters are whole when this returns. Collective."""
@@ -376,6 +395,8 @@ class Coordinator:
         if torch.is_grad_enabled():
             self._graph_made = True
             return
+        if self._passed is not None:
+            self._passed.ready[handle.id] = len(self._passed.backward)
         task = graph_task()
         ended = [t for t in handle.holds if isinstance(t, BackwardHold) and t.call.task == task]
         if ended:
@@ -420,7 +441,9 @@ class Coordinator:
         if run is not None:
             run.complete()
             self.book.deviated |= run.deviated
-        self._in_backward = False
+        self._in_backward, self.clock = False, None
+        if self.on_backward_end is not None:
+            self.on_backward_end()
         self._end_calls()
         trace, self._passed = self._passed, None
         passes, self._passes = self._passes, 0
@@ -445,8 +468,9 @@ class Coordinator:
         """After an exception: ends what is in flight, drops all holds of calls, releases. Not collective."""
         self._forward_run = self._backward_run = self._passed = None
         self._in_pass = self._in_backward = self._graph_made = False
+        self.clock = None
         self._depth = self._passes = 0
-        self._room_to_keep = self.budget.prefetch
+        self._room_to_keep = self._most_kept
         self._clear_stack()
         for handle in self.handles:
             handle.holds.pop(_SKIPPED, None)

@@ -45,6 +45,8 @@ class Unit:
     """Calls that run forward now."""
     externals: dict[int, ParamHandle] = field(default_factory=dict)
     """Used by this unit's module, but owned by others."""
+    completes: list[ParamHandle] = field(default_factory=list)
+    """Whose gradients its backward makes: of its own parameters (``whole``: and of those below), persistent ones too."""
     whole: bool = False
     """With everything below its module."""
 

@@ -14,6 +14,11 @@ is the same.
 to a pool; stages 0 and 1 keep it and reduce at the boundary; stage 0 also gathers the result. ``no_sync`` turns any
 stage's backward into "accumulate in the full buffer, reduce later".
 
+[Note: other collectives] A backward of stage 3 gathers, too. A rank that waits for a bucket must not keep others waiting for
+its shards, which they need to come to that bucket, perhaps only at their end, if they do not use one of its parameters.
+So the owner sends buckets at agreed points of the backward (:meth:`GradReducer.send_through`), and before a bucket's
+point nobody waits for it (``may_wait``).
+
 [Note: who opens a backward] ``engine.backward`` does. A plain ``loss.backward()`` is opened by its first hook, and nothing
 tells us that it has ended: the next step, backward or read of a gradient closes it, and until then each hook asks again
 whether this backward reduces.
@@ -73,6 +78,10 @@ class GradReducer:
         self.transport = transport
         self.policy = policy
         self._decide = reduce_now
+        self.may_wait: Callable[[Bucket], bool] = lambda bucket: True
+        """Whether all ranks send the bucket whatever this one does next, see [Note: other collectives]."""
+        self.sends_when_ready: Callable[[], bool] = lambda: True
+        """Whether a bucket that is complete goes at once; else at :meth:`send_through`."""
         self._order = list(reversed(self.buckets))
         self._next = 0
         self._open = False
@@ -129,6 +138,15 @@ class GradReducer:
                     self._hide_views(bucket)
                     if bucket.grad_shard._base is not None:
                         bucket.grad_shard = bucket.grad_shard.clone()
+
+    def send_through(self, index: int) -> None:
+        """Sends the buckets from the last to bucket ``index``; gradients still missing are late. Collective."""
+        if not self._open or not self._reducing:
+            return
+        while self._next < len(self._order) and self._order[self._next].index >= index:
+            self._launch(self._order[self._next])
+            self._next += 1
+        self._wait_for_all_but(_MAX_IN_FLIGHT if self.policy.overlap else 0)
 
     def end_backward(self) -> None:
         """Sends what is missing and waits for all. Collective if this backward reduces. Idempotent."""
@@ -230,7 +248,7 @@ class GradReducer:
             self._absorb(bucket, position, param)
         if self._reducing:
             bucket.ready.add(position)
-            if self.policy.overlap or self.policy.every_backward:
+            if (self.policy.overlap or self.policy.every_backward) and self.sends_when_ready():
                 while self._next < len(self._order) and len(self._order[self._next].ready) == len(
                     self._order[self._next].slots
                 ):
@@ -311,7 +329,10 @@ class GradReducer:
         else:
             pending = self._all_reduce_instead(bucket, full)
         self._in_flight.append((bucket, pending))
-        while len(self._in_flight) > (_MAX_IN_FLIGHT if overlap else keep_in_flight):
+        self._wait_for_all_but(_MAX_IN_FLIGHT if overlap else keep_in_flight)
+
+    def _wait_for_all_but(self, limit: int) -> None:
+        while len(self._in_flight) > limit and self.may_wait(self._in_flight[0][0]):
             self._wait_oldest()
 
     @staticmethod

@@ -8,6 +8,8 @@ Source: ZeRO (Rajbhandari et al. 2020) section 5.3; the ZeRO chapter of the API 
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +43,11 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
     ) -> None:
         self.parameter_offload = parameter_offload
         super().__init__(optimizer, *args, **kwargs)
+        coordinator = parameter_offload.coordinator
+        coordinator.on_tick, coordinator.on_backward_end = self._send_due, self.reducer.end_backward
+        self.reducer.may_wait, self.reducer.sends_when_ready = self._is_due, self._sends_when_ready
+        self._known_ready: dict[int, int] | None = None
+        self._points: list[int] = []
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -106,6 +113,33 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         except BaseException:
             coordinator.abort()
             raise
+
+    # Gradients are sent at agreed points of the backward: [Note: the clock] in _core.params.agreement, and
+    # [Note: other collectives] in _core.reduce.reducer.
+
+    def _sending_points(self) -> list[int]:
+        """When each bucket is sent, on the coordinator's clock; from the last bucket to the first."""
+        ready = self.parameter_offload.coordinator.book.ready
+        if ready is not self._known_ready:
+            self._known_ready, self._points, latest = ready, [], 0
+            for bucket in reversed(self.buckets):
+                latest = max([latest, *(ready.get(slot.param.ds_id, sys.maxsize) for slot in bucket.slots)])  # type: ignore[attr-defined]
+                self._points.append(latest)
+        return self._points
+
+    def _send_due(self) -> None:
+        clock = self.parameter_offload.coordinator.clock
+        due = bisect_right(self._sending_points(), clock) if clock is not None else 0
+        if due:
+            self.reducer.send_through(len(self.buckets) - due)
+
+    def _is_due(self, bucket: Bucket) -> bool:
+        clock = self.parameter_offload.coordinator.clock
+        return clock is None or self._sending_points()[len(self.buckets) - 1 - bucket.index] <= clock
+
+    def _sends_when_ready(self) -> bool:
+        # On gloo the messages of buckets and of parameters do not meet; elsewhere their order must be the same everywhere.
+        return self.parameter_offload.coordinator.clock is None or self.buckets[0].device.type == "cpu"
 
     def _backward_returned(self) -> None:
         self.parameter_offload.coordinator.end_backward()
@@ -176,6 +210,8 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
 
     def destroy(self) -> None:
         super().destroy()
+        coordinator = self.parameter_offload.coordinator
+        coordinator.on_tick = coordinator.on_backward_end = None
         self.parameter_offload.destroy()
 
     def empty_partition_cache(self) -> None:
