@@ -223,7 +223,7 @@ def live_numel() -> int:
     """Elements of all tensors that are alive, each storage once; nothing is collected before."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.dtype == torch.float32:
+        if isinstance(thing, torch.Tensor) and thing.dtype == torch.float32 and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             storages[storage._cdata] = storage.nbytes() // 4
     return sum(storages.values())

@@ -320,7 +320,8 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        there = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
+        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        there = [t.untyped_storage() for t in tensors if not t.is_meta and t.layout is torch.strided]
         self._known: dict[int, Any] = {storage._cdata: storage for storage in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
