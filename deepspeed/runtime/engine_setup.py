@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.params.hooks import coordinator_of
 from deepspeed._core.precision.policy import PrecisionPolicy
 from deepspeed._core.reduce.reducer import ReducePolicy
 from deepspeed.accelerator import get_accelerator
@@ -163,6 +164,10 @@ def partition_or_unite(
         )
     united = unpartition(module.parameters())
     if united:
+        for part in module.modules():
+            earlier = coordinator_of(part)
+            if earlier is not None:
+                earlier.detach()
         unwatch_state(module)
         log_dist(
             f"{united} partitioned parameters were made whole for ZeRO stage {int(config.zero_optimization_stage)}"

@@ -379,6 +379,8 @@ class ParamHandle:
             delattr(param, name)
         for name in ("_ds_handle", "__deepcopy__", "__reduce_ex__", *_METHODS):
             vars(param).pop(name, None)
+        # Whoever still has this handle, as an earlier engine, has nothing to release.
+        self._status, self.on_change, self._full = ZeroParamStatus.NOT_AVAILABLE, None, None
 
 
 # Names that partition_parameters puts on parameters besides ds_*.

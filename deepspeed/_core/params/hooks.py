@@ -14,6 +14,7 @@ of the trainable parameters in its unit are there, none of its operations is lef
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 import types
@@ -196,9 +197,19 @@ def _gradient_hook(hooks: ModelHooks, handle: ParamHandle) -> Callable[[torch.Te
 
 
 def _no_compile(function: Any) -> Any:
-    # What torch.compiler.disable sets; calling it would import the compiler.
-    function._torchdynamo_disable = True
-    return function
+    """``function``, neither traced nor compiled, nor what it calls. Does not import the compiler, if nobody has."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.disable(function)
+    disabled: list[Any] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not disabled and "torch._dynamo" in sys.modules:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args) if disabled else function(*args)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
 
 def _module_hooks(
