@@ -185,9 +185,12 @@ class Coordinator:
             if not handle.persistent and not handle.holds:
                 handle.release()
 
-    def refresh_persistent(self) -> None:
-        """Gathers the persistent parameters anew, in one go: their shards changed, or they were released. Collective."""
-        persistent = [h for h in self.handles if h.persistent]
+    def refresh_persistent(self, *, stepped: bool = False) -> None:
+        """Gathers the persistent parameters anew, in one go: their shards changed, or they were released. Collective.
+
+        ``stepped``: only an optimizer changed shards, so that frozen parameters may stay as they are.
+        """
+        persistent = [h for h in self.handles if h.persistent and (h.trained or not stepped or not h.available)]
         for handle in persistent:
             handle.release()
         fetch(persistent, exact=True)

@@ -172,6 +172,8 @@ class _Simulation:
             upcoming = self.next_use(param, at)
             if param in running:
                 continue
+            if upcoming == at + 1:
+                continue  # whatever the limits are, that use needs it
             too_many = self.live_numel > self.budget.max_live and not self.waits_for_gradient(param, at + 1)
             if upcoming is None or too_many or not self.stays(param, at, upcoming):
                 self.drop(param, at)

@@ -148,7 +148,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         self.parameter_offload.coordinator.before_update()
 
     def _after_update(self) -> None:
-        self.parameter_offload.coordinator.refresh_persistent()
+        self.parameter_offload.coordinator.refresh_persistent(stepped=True)
 
     def _extra_flags(self) -> list[float]:
         return self.parameter_offload.coordinator.book.flags()
