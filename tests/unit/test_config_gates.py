@@ -153,7 +153,6 @@ def test_what_this_version_can_do_is_accepted_in_silence():
             "overlap_comm": True,
             "load_from_fp32_weights": False,
             "ignore_unused_parameters": False,
-            "round_robin_gradients": True,
         },
     }
     with warnings_said() as said:

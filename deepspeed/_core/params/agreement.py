@@ -222,6 +222,8 @@ class PlanBook:
         if not self.deviated or self._latest is None:
             return [0.0, 0.0, 0.0]
         self.deviated = False
+        if self.talkative:
+            logger.warning("ZeRO-3: this rank used modules in another order than before, or not all of them")
         digest = float(self._latest[1] % (1 << 20))  # squares and their sums over ranks stay exact
         return [1.0, digest, digest * digest]
 

@@ -184,9 +184,9 @@ class ParamHandle:
             shard = shard.detach()
             shard.ds_numel = shard.numel()  # type: ignore[attr-defined]
             param.ds_tensor = shard  # type: ignore[attr-defined]
-            poison = float("nan") if shard.is_floating_point() else torch.iinfo(shard.dtype).min
-            if shard.dtype.is_complex:
-                poison = float("nan")
+            numeric = shard.is_floating_point() or shard.is_complex()
+            lowest = 0 if shard.dtype == torch.bool or numeric else torch.iinfo(shard.dtype).min
+            poison = float("nan") if numeric else lowest
             self._poison = torch.full((), poison, dtype=shard.dtype, device=shard.device)
             self._full = None
             if self.transport.world_size > 1:

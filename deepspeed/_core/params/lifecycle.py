@@ -58,6 +58,8 @@ class Coordinator:
         self.stats = Stats()
         self.live_numel = 0
         self.secondary = secondary
+        self.one_by_one = False
+        """``allgather_sequential``: a gather for each parameter."""
         self.book = PlanBook(self.handles, budget)
         self._stack: list[Call] = []
         self._due: set[int] = set()
@@ -98,10 +100,11 @@ class Coordinator:
         wanted = [h for h in handles if h.id in again or not (h.available or h.in_flight)]
         if not wanted:
             return
-        doctor.now.parameter = wanted[0].label
-        numel = fetch(wanted, secondary=self.secondary if self._in_backward else None, join=bool(again))
-        self.stats.gathers += 1
-        self.stats.gathered_numel += numel
+        secondary = self.secondary if self._in_backward else None
+        for group in [[handle] for handle in wanted] if self.one_by_one else [wanted]:
+            doctor.now.parameter = group[0].label
+            self.stats.gathered_numel += fetch(group, secondary=secondary, join=bool(again))
+            self.stats.gathers += 1
 
     def start_planned(self, ids: Sequence[int]) -> None:
         """Gathers these together, whatever is there already, see [Note: the same on all ranks]. Collective."""

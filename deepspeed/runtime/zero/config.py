@@ -122,7 +122,9 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
     ignore_unused_parameters: Bool = key(True, "Tolerate parameters that took no part in a step; false names them.")
     legacy_stage1: Bool = key(False, "Old stage 1.", inert="there is one implementation of stage 1")
     round_robin_gradients: Bool = key(
-        False, "Spread the copying of gradients over the ranks; stages 1 and 2 with CPU offload."
+        False,
+        "Spread the copying of gradients over the ranks; stages 1 and 2 with CPU offload.",
+        inert="every rank copies its share of each bucket, so that nothing is left to spread",
     )
     zero_hpz_partition_size: NonNegInt = key(1, "ZeRO++ hpZ: ranks in the secondary group, 1 = off.")
     zero_quantized_weights: Bool = key(False, "ZeRO++ qwZ: quantise weights for the all-gather.")
@@ -130,8 +132,16 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
     zero_quantized_gradients: Bool = key(False, "ZeRO++ qgZ: quantise gradients for the reduction.")
     mics_shard_size: Int = key(-1, "MiCS: ranks that share one model state, -1 = off; stage 3.")
     mics_hierarchical_params_gather: Bool = key(False, "MiCS: gather parameters in two stages.")
-    memory_efficient_linear: Bool = key(True, "Save memory in linear layers; stage 3.")
-    pipeline_loading_checkpoint: Bool = key(False, "Load checkpoint parts in a pipeline; stage 3.")
+    memory_efficient_linear: Bool = key(
+        True,
+        "Save memory in linear layers; stage 3.",
+        inert="linear layers never keep a gathered weight for the backward, whatever this says",
+    )
+    pipeline_loading_checkpoint: Bool = key(
+        False,
+        "Load checkpoint parts in a pipeline; stage 3.",
+        inert="each rank reads only its own byte ranges of a checkpoint, and all of them at the same time",
+    )
     override_module_apply: Bool = key(True, "Gather parameters inside Module.apply; stage 3.")
     grad_hooks: Bool = key(True, "Listed in old documents only.", inert="gradients are always reduced from hooks")
     use_all_reduce_for_fetch_params: Bool = key(

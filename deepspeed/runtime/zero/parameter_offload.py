@@ -116,6 +116,8 @@ class DeepSpeedZeRoOffload:
         self._params = [handle.param for handle in handles]
         self.topology = topology
         self.coordinator = Coordinator(handles, budget_of(zero), topology.secondary)
+        self.coordinator.one_by_one = zero.allgather_sequential
+        self.coordinator.book.talkative = zero.log_trace_cache_warnings
         self._hooks = ModelHooks(module, self.coordinator, limits_of(zero))
         self._strays = StrayUses(module, self.coordinator)
         self.param_coordinator = _TraceView(self.coordinator)

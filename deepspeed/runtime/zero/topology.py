@@ -23,7 +23,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed._core.layout.groups import hpz_groups, mics_groups
 from deepspeed._core.params.compress import QuantisedGather, SecondaryShards, make_hierarchical_gather
-from deepspeed._core.params.transport import ParamTransport, make_param_transport
+from deepspeed._core.params.transport import AllReduceGather, ParamTransport, make_param_transport
 from deepspeed._core.quant.loco import ErrorFeedback
 from deepspeed._core.reduce.compress import GroupedReduce, QuantisedReduce, make_quantised_reduce
 from deepspeed._core.reduce.transport import Transport, make_transport
@@ -64,7 +64,8 @@ def param_transport(
     pack = zero is not None and zero.zero_quantized_nontrainable_weights
     if mics > 0 and group is not None and dist.get_world_size(group) != dist.get_world_size():
         raise ConfigError("zero_optimization.mics_shard_size works over all ranks; leave out the group (or mpu)")
-    key: _Key = (group, device.type, mics, two_stages, quantise, pack)
+    by_sums = zero is not None and zero.use_all_reduce_for_fetch_params
+    key: _Key = (group, device.type, mics, two_stages, quantise, pack, by_sums)
     known = _transports.get(key)
     if known is not None and not _stale(known):
         return known
@@ -74,6 +75,8 @@ def param_transport(
         layout = mics_groups(dist.get_world_size(), mics)
         blocks, group, replicas = layout.blocks, make_groups(layout.blocks), make_groups(layout.lines)
     made = make_param_transport(group, device)
+    if by_sums:
+        made = AllReduceGather(made)
     if two_stages:
         made = make_hierarchical_gather(made, device, groups=blocks)
     if quantise or pack:
