@@ -163,7 +163,7 @@ def _frames() -> int:
     return torch._dynamo.utils.counters["frames"]["total"]
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "engine"])
+@pytest.mark.parametrize("how", ["wrapped", "engine"])
 def test_compiled_blocks_and_engines(how: str) -> None:
     _warm_compiler("aot_eager")
     run_ranks(_compiled, 2, "aot_eager", how)
@@ -171,7 +171,7 @@ def test_compiled_blocks_and_engines(how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "in place", "engine"])
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_with_other_backends(backend: str, how: str) -> None:
     run_ranks(_compiled, 2, backend, how)
 
@@ -210,6 +210,7 @@ def _compiled_external(rank: int, world: int) -> None:
         assert_same(whole(engine.module), expected)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_with_registered_parameters() -> None:
     _warm_compiler("aot_eager")
     run_ranks(_compiled_external, 2)

@@ -65,6 +65,8 @@ def _partitioned_at_birth(kind: str, config: dict) -> nn.Module:
 def _fp32(rank: int, world: int) -> int:
     count = 0
     for number, (kind, accumulation) in enumerate(itertools.product(KINDS, (1, 3))):
+        if world == 3 and (number + number // 2) % 2:
+            continue
         clip = 0.5 if number % 4 > 1 else 0.0
         name = _optimizer_for(kind)
         expected = run_ddp(kind, rank, accumulation=accumulation, clip=clip, optimizer=name)
@@ -85,7 +87,7 @@ def _fp32(rank: int, world: int) -> int:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_fp32_equals_ddp_and_stage_2(world: int) -> None:
-    assert run_ranks(_fp32, world) == [len(KINDS) * 4] * world
+    assert run_ranks(_fp32, world) == [len(KINDS) * (2 if world == 3 else 4)] * world
 
 
 _MODES = {
@@ -98,6 +100,8 @@ _MODES = {
 def _half(rank: int, world: int) -> int:
     count = 0
     for number, (kind, accumulation) in enumerate(itertools.product(KINDS, (1, 3))):
+        if world == 3 and (number + number // 2 + 1) % 2:
+            continue
         section, dtype, scale, ulp = list(_MODES.values())[(number + number // 3) % 3]
         clip = 0.5 if number % 4 > 1 else 0.0
         zero = WAYS[(number + world) % len(WAYS)]
@@ -116,7 +120,7 @@ def _half(rank: int, world: int) -> int:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_16_bit_equals_torch_with_the_same_casts_and_stage_2(world: int) -> None:
-    assert run_ranks(_half, world) == [len(KINDS) * 2] * world
+    assert run_ranks(_half, world) == [len(KINDS) * (1 if world == 3 else 2)] * world
 
 
 def _born_in_16_bit(rank: int, world: int) -> None:

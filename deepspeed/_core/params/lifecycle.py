@@ -23,57 +23,42 @@ when those are done: everything stays until the next pass or step.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from deepspeed._core.params.agreement import PlanBook, Run, Trace
-from deepspeed._core.params.calls import BackwardHold, Call, Stats, graph_task
+from deepspeed._core.params.calls import BackwardHold, Call, graph_task
 from deepspeed._core.params.compress import SecondaryShards
-from deepspeed._core.params.handle import ParamHandle, fetch
+from deepspeed._core.params.handle import ParamHandle
 from deepspeed._core.params.planner import Budget, Plan
+from deepspeed._core.params.residency import Residency
 from deepspeed._core.params.units import Unit
 from deepspeed.comm import doctor
 
-__all__ = ["Call", "Coordinator", "Stats"]
+__all__ = ["Coordinator"]
 
 
-# Elements that were gathered for modules which this rank has skipped, and may stay in case that they only come later.
-_KEPT_AT_LEAST = 1 << 24
-_SKIPPED = "plan, for a module that this rank may run later"
-
-
-class Coordinator:
+class Coordinator(Residency):
     """Decides for the parameters of one model. Methods that fetch are collective."""
 
     def __init__(
         self, handles: Sequence[ParamHandle], budget: Budget, secondary: SecondaryShards | None = None
     ) -> None:
-        self.handles = list(handles)
-        self.by_id = {handle.id: handle for handle in self.handles}
-        self.budget = budget
+        super().__init__(handles, budget, secondary)
         self.units: list[Unit] = []
-        self.stats = Stats()
-        self.live_numel = 0
-        self.secondary = secondary
-        self.one_by_one = False
-        """``allgather_sequential``: a gather for each parameter."""
         self.book = PlanBook(self.handles, budget)
         self._stack: list[Call] = []
-        self._due: set[int] = set()
         self._orphans: list[tuple[ParamHandle, Any]] = []
         self._epoch = 0
         self._in_pass = False
         self._depth = 0
-        self._room_to_keep = self._most_kept = min(budget.max_live, max(budget.prefetch, _KEPT_AT_LEAST))
         self._forward_run: Run | None = None
         self._trace = Trace()
         self._passed: Trace | None = None
         """The last training pass, whose backward is to come or running."""
         self._passes = 0
-        self._in_backward = False
         self._backward_run: Run | None = None
         self.clock: int | None = None
         """Place of a backward that follows a plan, in uses, see :mod:`deepspeed._core.params.agreement`; else None."""
@@ -87,118 +72,17 @@ class Coordinator:
         self._last_use: dict[int, int] = {}
         self._backward_uses = 0
         self._ended_some = self._graph_made = False
-        for handle in self.handles:
-            handle.on_change = self._on_change
-            if secondary is not None:
-                handle.on_write = self._forget_copy
 
-    # -- moving data -------------------------------------------------------------------------------------------------
-
-    def start(self, handles: Iterable[ParamHandle], *, joining: Iterable[ParamHandle] = ()) -> None:
-        """Starts gathering the released ones together, and all of ``joining``. Collective."""
-        again = {handle.id for handle in joining if not handle.persistent}
-        wanted = [h for h in handles if h.id in again or not (h.available or h.in_flight)]
-        if not wanted:
-            return
-        secondary = self.secondary if self._in_backward else None
-        for group in [[handle] for handle in wanted] if self.one_by_one else [wanted]:
-            doctor.now.parameter = group[0].label
-            self.stats.gathered_numel += fetch(group, secondary=secondary, join=bool(again))
-            self.stats.gathers += 1
-
-    def start_planned(self, ids: Sequence[int]) -> None:
-        """Gathers these together, whatever is there already, see [Note: the same on all ranks]. Collective."""
-        group = [self.by_id[i] for i in ids]
-        self.start(group, joining=group)
-
-    def keep(self, ids: Iterable[int]) -> bool:
-        """Holds what a plan gathered and this rank did not use, as far as there is room; tells whether."""
-        handles = [self.by_id[i] for i in ids]
-        numel = sum(handle.numel for handle in handles)
-        if numel > self._room_to_keep:
-            return False
-        self._room_to_keep -= numel
-        for handle in handles:
-            self.hold(handle, _SKIPPED)
-        return True
-
-    def unkeep(self, ids: Iterable[int]) -> None:
-        """Ends :meth:`keep`: the module runs now, or the phase is over."""
-        for i in ids:
-            self.unhold(self.by_id[i], _SKIPPED)
-            self._room_to_keep += self.by_id[i].numel
-            if i in self._due:
-                self.let_go([i])
+    # -- plans -------------------------------------------------------------------------------------------------------
 
     def _tick(self, uses: int) -> None:
         self.clock = uses
         if self.on_tick is not None:
             self.on_tick()
 
-    def _on_change(self, handle: ParamHandle, taken: bool) -> None:
-        if handle.persistent:
-            return
-        forward = not self._in_backward and torch.is_grad_enabled()
-        if self.secondary is not None and not taken and forward and handle.available:
-            # hpZ: backward gathers from copies of what forward used.
-            self.secondary.keep(handle.id, handle.full)
-        self.live_numel += handle.numel if taken else -handle.numel
-        if taken:
-            self.stats.peak_live_numel = max(self.stats.peak_live_numel, self.live_numel)
-
-    def _forget_copy(self, handle: ParamHandle) -> None:
-        if self.secondary is not None:
-            self.secondary.drop(handle.id)
-
-    def forget_copies(self) -> None:
-        """hpZ's copies are stale: the weights are about to change."""
-        if self.secondary is not None:
-            self.secondary.clear()
-
-    def hold(self, handle: ParamHandle, token: Any) -> None:
-        handle.holds[token] = handle.holds.get(token, 0) + 1
-
-    def unhold(self, handle: ParamHandle, token: Any) -> None:
-        count = handle.holds.get(token, 0)
-        if count > 1:
-            handle.holds[token] = count - 1
-        else:
-            handle.holds.pop(token, None)
-
-    def let_go(self, ids: Iterable[int]) -> None:
-        """Releases what nobody holds; the rest is due when its last hold goes."""
-        for i in ids:
-            handle = self.by_id.get(i)
-            if handle is None or handle.persistent:
-                continue
-            if handle.holds:
-                self._due.add(i)
-            else:
-                self._due.discard(i)
-                handle.release()
-
     def _let_go_unplanned(self, ids: Iterable[int], run: Run | None) -> None:
         """As :meth:`let_go`, but for what a plan still counts on."""
         self.let_go(i for i in ids if run is None or not run.has(i))
-
-    def release_all(self) -> None:
-        """Releases everything that is not persistent and not held."""
-        self._due.clear()
-        for handle in self.handles:
-            if not handle.persistent and not handle.holds:
-                handle.release()
-
-    def refresh_persistent(self, *, stepped: bool = False) -> None:
-        """Gathers the persistent parameters anew, in one go: their shards changed, or they were released. Collective.
-
-        ``stepped``: only an optimizer changed shards, so that frozen parameters may stay as they are.
-        """
-        persistent = [h for h in self.handles if h.persistent and (h.trained or not stepped or not h.available)]
-        for handle in persistent:
-            handle.release()
-        fetch(persistent, exact=True)
-        for handle in persistent:
-            handle.finish()
 
     # -- a pass over the model ---------------------------------------------------------------------------------------
 
@@ -476,15 +360,8 @@ class Coordinator:
         self._in_pass = self._in_backward = self._graph_made = False
         self.clock = None
         self._depth = self._passes = 0
-        self._room_to_keep = self._most_kept
         self._clear_stack()
-        for handle in self.handles:
-            handle.holds.pop(_SKIPPED, None)
-        for handle in self.handles:
-            if handle.in_flight:
-                # The exception that brought us here is the one to report, not what it did to a gather.
-                with contextlib.suppress(RuntimeError):
-                    handle.finish()
+        self.finish_all()
         self._end_calls()
 
     def _clear_stack(self) -> None:
