@@ -72,7 +72,9 @@ def _choice(table: tuple, first_alike: bool):
 
 def _control_flow(rank: int, world: int) -> None:
     for table, first_alike in itertools.product((INSIDE, SKIPPING), (False, True)):
-        zero = {"stage3_max_reuse_distance": 10**6} if first_alike == (world == 3) else {}
+        zero: dict = {"reduce_bucket_size": 120, "overlap_comm": first_alike}
+        if first_alike == (world == 3):
+            zero["stage3_max_reuse_distance"] = 10**6
         use = _choice(table, first_alike)
         what = f"{'inside' if table is INSIDE else 'skipping'} {first_alike} {zero}"
         trains_as_plain(Chooses, use, rank, world, zero=zero, steps=6, per_rank=True, what=what)
@@ -82,6 +84,33 @@ def _control_flow(rank: int, world: int) -> None:
 def test_ranks_may_use_different_modules(world: int) -> None:
     """Inside of blocks, and whole blocks; in the first step already, or after a plan was agreed upon."""
     run_ranks(_control_flow, world)
+
+
+def _one_sequence(rank: int, world: int, first_alike: bool) -> list[list[tuple[str, int]]]:
+    """Every operation of five steps, in order, as backends want it that run operations in the order of their start."""
+    use = _choice(SKIPPING, first_alike)
+    sequences = []
+    with engine_for(Chooses, {"reduce_bucket_size": 120}) as engine:
+        assert len(engine._flat.buckets) > 6
+        assert engine._flat.reducer.sends_when_ready()  # messages between pairs do not mind
+        engine._flat.reducer.sends_when_ready = lambda: coordinator(engine).clock is None
+        for step in range(5):
+            with comm.observe() as events:
+                engine.backward(use(engine, data(rank, step), rank, step))
+                engine.step()
+            sequences.append([(e.op, e.nbytes) for e in events])
+        got = whole(engine.module)
+    expected = plain_training(Chooses, use, world, 5, per_rank=True)
+    assert_same(got, expected)
+    return sequences
+
+
+@pytest.mark.parametrize("first_alike", [False, True])
+def test_all_ranks_run_the_same_operations_in_the_same_order(first_alike: bool) -> None:
+    """Gathers and reductions mixed, whatever each rank uses; so that nobody can wait for ever."""
+    first, *others = run_ranks(_one_sequence, 3, first_alike)
+    assert all(other == first for other in others)
+    assert len({op for op, _ in first[-1]}) == 3 and len(first[-1]) > 60
 
 
 class TwiceIfAsked(Chooses):
@@ -98,6 +127,7 @@ class TwiceIfAsked(Chooses):
 def _called_twice(rank: int, world: int) -> None:
     """What a rank did not use in one call it holds longer than the others; they must not wait for that."""
     for zero in ({}, {"stage3_prefetch_bucket_size": 0}, {"stage3_max_reuse_distance": 10**6}):
+        zero = {"reduce_bucket_size": 120, **zero}
         table = ((0, 3), (3, 0), (1, 2), (2, 1), (0, 0))
         use = _choice(table, False)
         trains_as_plain(TwiceIfAsked, use, rank, world, zero=zero, steps=5, per_rank=True, what=str(zero))
