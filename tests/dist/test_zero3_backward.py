@@ -150,7 +150,7 @@ class PenalisedInside(Stack):
 def _penalties(rank: int, world: int) -> None:
     for zero in ({}, KEEPING):
         trains_as_plain(Stack, penalised, rank, world, zero=zero, steps=3)
-        trains_as_plain(PenalisedInside, lambda m, x: m(x), rank, world, zero=zero)
+        trains_as_plain(PenalisedInside, lambda m, x: m(x), rank, world, zero=zero, planned=False)
         # With the engine's own backward making the graph: gradients of inputs that are differentiable again.
         model = built(Stack)
         x = data(rank, 0).requires_grad_()
@@ -235,6 +235,27 @@ def _checkpoints(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_checkpointed_blocks(world: int) -> None:
     run_ranks(_checkpoints, world)
+
+
+def _saved_elsewhere(rank: int, world: int) -> None:
+    """Saved tensors, weights among them, are packed and brought back by the user's hooks."""
+
+    def on_host(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    def as_arrays(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        pack, unpack = lambda t: t.detach().numpy().copy(), torch.from_numpy
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return model(x)
+
+    for use in (on_host, as_arrays):
+        trains_as_plain(Stack, use, rank, world)
+        trains_as_plain(lambda: Checkpointed(*KINDS["outside, reentrant"]), use, rank, world)
+
+
+def test_saved_tensors_may_lie_elsewhere() -> None:
+    run_ranks(_saved_elsewhere, 2)
 
 
 # -- frozen bases --------------------------------------------------------------------------------------------------------

@@ -382,12 +382,12 @@ def _alone(rank: int, world: int) -> None:
         return h.square().mean()
 
     for use in (lambda m, x: m(x), block, layer, body):
-        trains_as_plain(Stack, use, rank, world, call=lambda e: e.module)
+        trains_as_plain(Stack, use, rank, world, call=lambda e: e.module, planned=False)
 
     def all_of_them(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return model(x) + block(model, x) + layer(model, x) + body(model, x)
 
-    trains_as_plain(Stack, all_of_them, rank, world)
+    trains_as_plain(Stack, all_of_them, rank, world, planned=False)
     with engine_for(Stack) as engine:
         weights = whole(engine.module)
         with torch.no_grad():

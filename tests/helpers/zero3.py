@@ -115,13 +115,22 @@ def trains_as_plain(
     what: str = "",
     call: Callable[[Any], Any] = lambda engine: engine,
     between: Callable[[Any, int], None] | None = None,
+    planned: bool = True,
 ) -> None:
-    """Trains a few steps at stage 3 and compares the weights; checks after each backward that nothing is left whole."""
+    """Trains a few steps at stage 3 and compares the weights; checks after each backward that nothing is left whole.
+
+    ``planned``: the last step follows the plan of the one before to the letter, unless ranks are told what to do.
+    """
     with engine_for(make, zero) as engine:
         for step in range(steps):
             extra = (rank, step) if per_rank else ()
+            coordinator(engine).stats.reset()
             loss = loss_of(call(engine), data(rank, step), *extra)
             engine.backward(loss)
+            if planned and not per_rank and step == steps - 1:
+                plan = coordinator(engine).plan
+                assert not coordinator(engine).book.deviated and not engine._flat.reducer.late, what
+                assert plan is not None and coordinator(engine).stats.gathers == plan.gathers, what
             assert_at_rest(engine)
             engine.step()
             if between is not None:

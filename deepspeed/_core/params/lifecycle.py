@@ -23,6 +23,7 @@ when those are done: everything stays until the next pass or step.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -71,7 +72,9 @@ class Coordinator(Residency):
         self._lazy: list[int] = []
         self._last_use: dict[int, int] = {}
         self._backward_uses = 0
-        self._ended_some = self._graph_made = False
+        self._first_ended = sys.maxsize
+        """The first graph task of this backward that ended holds."""
+        self._graph_made = False
 
     # -- plans -------------------------------------------------------------------------------------------------------
 
@@ -249,7 +252,7 @@ class Coordinator(Residency):
         self._in_backward = True
         self._epoch += 1
         self._last_use, self._backward_uses = {}, 0
-        self._ended_some = self._graph_made = False
+        self._first_ended, self._graph_made = sys.maxsize, False
         plan = self.book.plans[True]
         # Several passes share their parameters, whose gradients are complete later than the plan of one pass has it.
         if plan is not None and self._passed is not None and self._passes == 1:
@@ -272,7 +275,7 @@ class Coordinator(Residency):
         elif not call.recomputed:
             for handle in call.handles:
                 handle.holds[call.back] = 1
-            if self._ended_some:
+            if self._first_ended < task:  # an earlier backward over this graph has let go of something
                 self._fetch(call.handles, in_backward=True, planned=False)
         if call.inputs is not None:
             parts = [h.id for h in call.unit.trainable if h.param.requires_grad]
@@ -311,7 +314,7 @@ class Coordinator(Residency):
 
     def _end_holds(self, handle: ParamHandle, ended: Sequence[BackwardHold]) -> None:
         """Drops holds of the backward; releases the parameter where the plan, or the next use, says so."""
-        self._ended_some = True
+        self._first_ended = min(self._first_ended, graph_task())
         planned = self._backward_run is not None
         for token in ended:
             handle.holds.pop(token, None)
