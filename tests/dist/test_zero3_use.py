@@ -345,6 +345,23 @@ def test_modules_may_be_shared_and_called_again() -> None:
     run_ranks(_shared, 2)
 
 
+class Logged(Stack):
+    """Looks at its weights as arrays, on the way; that makes their memory torch's no more."""
+
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        assert abs(float(block.up.weight.detach().numpy().mean())) < 1
+        return block(x)
+
+
+def _logged(rank: int, world: int) -> None:
+    for zero in ({}, {"stage3_max_reuse_distance": 10**9}):
+        trains_as_plain(Logged, lambda m, x: m(x), rank, world, zero=zero)
+
+
+def test_weights_may_be_looked_at_as_arrays() -> None:
+    run_ranks(_logged, 2)
+
+
 class Recursive(nn.Module):
     """Calls itself."""
 

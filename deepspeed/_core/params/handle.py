@@ -363,11 +363,12 @@ class ParamHandle:
         self._alone = None
         if self._full is None:
             return
-        if by_hand:
+        storage = self._full.untyped_storage()
+        if by_hand or not storage.resizable():  # somebody's numpy array, say
             with torch.inference_mode(False):
                 self._full = self._no_memory(self._full)
         else:
-            self._full.untyped_storage().resize_(0)
+            storage.resize_(0)
 
     def dissolve(self) -> None:
         """Makes the parameter an ordinary, whole one again. It must be available."""
