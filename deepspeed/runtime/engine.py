@@ -446,7 +446,9 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         if not self._config.torch_autocast.enabled:
             yield
             return
-        with torch.autocast(self.device.type, dtype=self._config.autocast_dtype):
+        # The cache would keep a cast of every weight until the forward ends, also of those that stage 3 releases.
+        cache = self.zero_optimization_stage() < 3
+        with torch.autocast(self.device.type, dtype=self._config.autocast_dtype, cache_enabled=cache):
             yield
 
     def _cast_inputs(self, inputs: Any) -> Any:

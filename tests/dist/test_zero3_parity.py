@@ -157,6 +157,20 @@ def test_our_optimizers_train_as_at_stage_2() -> None:
     run_ranks(_own_optimizers, 2)
 
 
+def _autocast(rank: int, world: int) -> None:
+    """Casts are made anew where they are used: none of them keeps a weight in 16 bit."""
+    section = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    for kind, zero in (("tied", WAYS[0]), ("reused", WAYS[1])):
+        got = run_engine(kind, rank, _config(3, zero, 2, **section), optimizer="adam")
+        assert_equal(got, run_engine(kind, rank, _config(2, {}, 2, **section), optimizer="adam"), kind)
+        plain = run_engine(kind, rank, _config(3, zero, 2), optimizer="adam")
+        assert got.losses != plain.losses  # the cast does happen
+
+
+def test_autocast_trains_as_at_stage_2() -> None:
+    run_ranks(_autocast, 2)
+
+
 def _groups(rank: int, world: int) -> None:
     """Several groups stay the user's own dicts; a changed learning rate counts."""
     weights = []

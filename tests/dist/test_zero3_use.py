@@ -345,6 +345,62 @@ def test_modules_may_be_shared_and_called_again() -> None:
     run_ranks(_shared, 2)
 
 
+class Lists(Stack):
+    """Parameters in lists and dicts, which are modules that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(torch.full((WIDTH,), 0.5 + i)) for i in range(3))
+        self.named = nn.ParameterDict({"shift": nn.Parameter(torch.ones(WIDTH)), "unused": nn.Parameter(torch.ones(5))})
+        self.blocks[1].inner = nn.ParameterList([nn.Parameter(torch.ones(WIDTH))])
+
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        index = list(self.blocks).index(block)
+        return block(x) * self.scales[index] + self.named["shift"]
+
+
+def _lists(rank: int, world: int) -> None:
+    for zero in ({}, {"stage3_max_reuse_distance": 10**9}):
+        trains_as_plain(Lists, lambda m, x: m(x), rank, world, zero=zero)
+
+
+def test_parameters_may_be_in_lists() -> None:
+    run_ranks(_lists, 2)
+
+
+class Hooked(Stack):
+    """The user's hooks: on modules, forward and backward, and on parameters, some of which change what passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+        for block in self.blocks:
+            block.register_forward_pre_hook(lambda _, args: (args[0] * 1.1,))
+            block.up.register_forward_hook(lambda _, __, out: out * 0.9)
+            block.register_full_backward_pre_hook(lambda _, grads: (grads[0] * 1.5,))
+            block.register_full_backward_hook(lambda _, grads, __: (grads[0] * 0.5,))
+            block.down.register_full_backward_hook(self.look)
+        self.blocks[0].up.weight.register_hook(lambda grad: grad * 2.0)
+        self.blocks[1].norm.bias.register_hook(lambda grad: grad.flip(0))
+
+    def look(self, module: nn.Module, grads: Any, _: Any) -> None:
+        self.seen.append(float(module.weight.detach().sum()))  # is there while its module's gradient is made
+
+
+def _hooked(rank: int, world: int) -> None:
+    for zero in ({}, {"stage3_max_reuse_distance": 10**9}):
+        trains_as_plain(Hooked, lambda m, x: m(x), rank, world, zero=zero)
+    with engine_for(Hooked) as engine:
+        weights = whole(engine.module)
+        engine.backward(engine(data(rank, 0)))
+        expected = [float(weights[f"blocks.{i}.down.weight"].sum()) for i in (2, 1, 0)]
+        assert engine.module.seen == pytest.approx(expected)
+
+
+def test_users_hooks() -> None:
+    run_ranks(_hooked, 2)
+
+
 class Logged(Stack):
     """Looks at its weights as arrays, on the way; that makes their memory torch's no more."""
 
