@@ -379,12 +379,12 @@ class Hooked(Stack):
             block.up.register_forward_hook(lambda _, __, out: out * 0.9)
             block.register_full_backward_pre_hook(lambda _, grads: (grads[0] * 1.5,))
             block.register_full_backward_hook(lambda _, grads, __: (grads[0] * 0.5,))
-            block.down.register_full_backward_hook(self.look)
+            block.down.register_full_backward_pre_hook(self.look)
         self.blocks[0].up.weight.register_hook(lambda grad: grad * 2.0)
         self.blocks[1].norm.bias.register_hook(lambda grad: grad.flip(0))
 
-    def look(self, module: nn.Module, grads: Any, _: Any) -> None:
-        self.seen.append(float(module.weight.detach().sum()))  # is there while its module's gradient is made
+    def look(self, module: nn.Module, grads: Any) -> None:
+        self.seen.append(float(module.weight.detach().sum()))  # is there when its module's backward begins
 
 
 def _hooked(rank: int, world: int) -> None:
