@@ -171,17 +171,20 @@ def test_outputs_may_be_views_of_one_tensor() -> None:
 
 
 class Keeps(Block):
-    """Returns nothing but its hidden state; the auxiliary loss stays on the module, or in a list on one below."""
+    """Returns nothing but its hidden state; the auxiliary loss stays on the module, or goes to a list that was given."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
         self.where = where
         self.aux: Any = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, given: list | None = None) -> torch.Tensor:
         h = torch.tanh(self.up(x))
         aux = (h @ self.up.weight).square().mean()
-        self.aux = aux if self.where == "attribute" else [aux]
+        if given is not None:
+            given.append({"aux": aux})
+        else:
+            self.aux = aux if self.where == "attribute" else [aux]
         return x + self.norm(self.down(h))
 
 
@@ -191,19 +194,25 @@ class Auxiliary(Stack):
         self.alone = alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.given: list = []
         loss = super().forward(x)
         kept = [block.aux[0] if isinstance(block.aux, list) else block.aux for block in self.blocks]
+        if self.given:
+            kept = [item["aux"] for item in self.given]
         return sum(kept) if self.alone else loss + 0.5 * sum(kept)
+
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return block(x, given=self.given) if block.where == "given" else block(x)
 
 
 def _auxiliary(rank: int, world: int) -> None:
-    for where in ("attribute", "list"):
+    for where in ("attribute", "list", "given"):
         for alone in (False, True):
             make = lambda where=where, alone=alone: Auxiliary(where, alone)  # noqa: E731
             trains_as_plain(make, lambda m, x: m(x), rank, world, what=f"{where} {alone}")
 
 
-def test_losses_may_be_kept_on_modules() -> None:
+def test_losses_may_be_kept_aside() -> None:
     """The gradient of such a loss comes back before that of any output of its block."""
     run_ranks(_auxiliary, 2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils.hooks import RemovableHandle
 
@@ -20,8 +22,10 @@ class Call:
     """One run of a unit's module. As a hold on parameters, it stands for the forward; ``back`` for the backward."""
 
     __slots__ = (
-        "back",
+        "_back",
+        "containers",
         "epoch",
+        "given",
         "handles",
         "inputs",
         "leaf_hooks",
@@ -37,7 +41,7 @@ class Call:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.handles: list[ParamHandle] = list(unit.members)
-        self.back = BackwardHold(self)
+        self._back: BackwardHold | None = None
         self.place: int | None = None
         """Where the recorded pass has it."""
         self.position: int | None = None
@@ -50,12 +54,30 @@ class Call:
         """It ran inside a backward: a checkpoint's recomputation."""
         self.inputs: set[int] | None = None
         """Its inputs whose gradients are watched, for the sake of frozen parameters."""
+        self.containers: list[Any] = []
+        """Lists and objects that it was given, and may put tensors into."""
+        self.given: set[int] = set()
+        """Tensors, by identity, that were in them before."""
         self.leaf_hooks: list[RemovableHandle] = []
         """Of those inputs that may outlive the call; removed when its backward is over."""
         self.left: set[int] = set()
         """What must still happen before frozen parameters can go: gradients of inputs and of trainable parameters."""
         self.sticky = False
         """Its outputs cannot be watched: hold everything until the end of backward."""
+
+    @property
+    def back(self) -> BackwardHold:
+        """The hold for its backward, the same until :meth:`end_backward`."""
+        if self._back is None:
+            self._back = BackwardHold(self)
+        return self._back
+
+    def end_backward(self) -> None:
+        """Nothing of the backward is left here, nor a cycle of references."""
+        self._back = None
+        for hook in self.leaf_hooks:
+            hook.remove()
+        self.leaf_hooks = []
 
     def __str__(self) -> str:
         return f"forward of {self.unit.name or 'the model'}"

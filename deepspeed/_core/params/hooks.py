@@ -4,8 +4,9 @@
 in-place operation follows, so that views carry theirs on the base, too. Full backward hooks of modules would turn
 outputs into views and make in-place operations on them fail.
 
-[Note: kept tensors] A module may also keep a tensor (an auxiliary loss) as an attribute of itself, from which a gradient
-comes back before that of any output. Such attributes are watched as outputs are.
+[Note: kept tensors] A module may also keep a tensor (an auxiliary loss) as an attribute of itself, or put it into a list
+that it was given; from there a gradient comes back before that of any output, or alone. Such tensors are watched as
+outputs are.
 
 [Note: frozen parameters] They have no accumulation that would end their use. When all gradients of a call's inputs and
 of the trainable parameters in its unit are there, none of its operations is left.
@@ -34,6 +35,7 @@ from deepspeed.utils.logging import warning_once
 __all__ = ["ModelHooks", "coordinator_of", "tensors_in"]
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.nn.Module)
+_UNCHANGING = (torch.Tensor, tuple, *_PLAIN)
 _MAX_DEPTH = 6
 
 
@@ -237,7 +239,11 @@ def _module_hooks(
                 coordinator.end_pass(failed=True)
             raise
         calls.append((call, error))
-        if torch.is_grad_enabled() and any(not h.param.requires_grad for h in call.handles):
+        if not torch.is_grad_enabled():
+            return
+        call.containers = [value for value in (*args, *kwargs.values()) if not isinstance(value, _UNCHANGING)]
+        call.given = {id(tensor) for tensor in tensors_in(call.containers)}
+        if any(not h.param.requires_grad for h in call.handles):
             _watch_inputs(coordinator, call, args, kwargs)
 
     def after(mod: torch.nn.Module, args: Any, output: Any) -> None:
@@ -251,6 +257,7 @@ def _module_hooks(
         failed = error is not None and error is not error_before
         if not failed:
             _watch_outputs(coordinator, call, output, mod)
+        call.containers = []  # the hooks of what lies in them refer to the call: a cycle that nobody would collect
         coordinator.leave(call, failed=failed)
         if is_root:
             coordinator.end_pass(failed=failed)
@@ -307,7 +314,8 @@ def _watch_outputs(coordinator: Coordinator, call: Call, output: Any, module: to
             _watch(tensor, on_gradient)
     if not grad:
         return
-    for tensor in _kept_tensors(module, call.unit.whole):
+    kept = [t for t in tensors_in(call.containers) if id(t) not in call.given]
+    for tensor in itertools.chain(kept, _kept_tensors(module, call.unit.whole)):
         if id(tensor) not in seen:
             _watch(tensor, on_gradient)
     if unknown:

@@ -346,13 +346,12 @@ class Coordinator(Residency):
     def _end_calls(self) -> None:
         self._drop_orphans()
         for call in self._open:
-            for hook in call.leaf_hooks:
-                hook.remove()
             for handle in call.handles:
                 if self._graph_made and call.back in handle.holds:
                     self._orphans.append((handle, call.back))
                 else:
                     handle.holds.pop(call.back, None)
+            call.end_backward()
         self._graph_made = False
         self._open, self._watch, self._lazy = [], {}, []
         self.release_all()
