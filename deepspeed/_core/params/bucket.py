@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from deepspeed._core.layout.flat import BucketPlan
+from deepspeed._core.pages import empty_flat
 from deepspeed._core.params.handle import ParamHandle
 from deepspeed._core.reduce.bucket import Bucket, Slot
 
@@ -108,7 +109,7 @@ class ShardBucket(Bucket):
         """
         shards = [slot.param.ds_tensor for slot in self.slots]  # type: ignore[attr-defined]
         wide = any(shard.dtype == torch.float32 for shard in shards)
-        source = torch.empty(self.shard_numel, dtype=torch.float32 if wide else self.weight_dtype, device=self.device)
+        source = empty_flat(self.shard_numel, torch.float32 if wide else self.weight_dtype, self.device)
         for position, shard in enumerate(shards):
             self.piece(source, position).copy_(shard)
         self.weights = source if source.dtype == self.weight_dtype else source.to(self.weight_dtype)
@@ -117,7 +118,7 @@ class ShardBucket(Bucket):
             handle: ParamHandle = slot.param._ds_handle  # type: ignore[attr-defined]
             handle.adopt(self.piece(self.weights, position))
             handle.trained = True
-        self.grad_shard = torch.empty(self.shard_numel, dtype=self.accum_dtype, device=self.device)
+        self.grad_shard = empty_flat(self.shard_numel, self.accum_dtype, self.device)
 
     def settle_rebound(self) -> None:
         """Takes shards back whose ``ds_tensor.data`` a user has bound to other memory."""

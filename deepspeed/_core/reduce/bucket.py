@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from deepspeed._core.layout.flat import BucketPlan
+from deepspeed._core.pages import empty_flat
 
 __all__ = ["Bucket", "Slot"]
 
@@ -108,7 +109,7 @@ class Bucket:
         fp32 if any of them is: a bf16 model built in fp32 keeps its fp32 values in the master copy.
         """
         wide = any(slot.param.dtype == torch.float32 for slot in self.slots)
-        source = torch.empty(self.numel, dtype=torch.float32 if wide else self.weight_dtype, device=self.device)
+        source = empty_flat(self.numel, torch.float32 if wide else self.weight_dtype, self.device)
         for low, high in self._gaps:
             source[low:high].zero_()
         for slot in self.slots:
@@ -124,7 +125,7 @@ class Bucket:
         own_memory = self.full_precision or (kept is source and source is not self.weights)
         self.master = kept if own_memory else kept.to(torch.float32, copy=True)
         # Memory that the first reduction touches, not this: it writes all of it before anyone reads.
-        self.grad_shard = torch.empty(self.shard_numel, dtype=self.accum_dtype, device=self.device)
+        self.grad_shard = empty_flat(self.shard_numel, self.accum_dtype, self.device)
 
     @property
     def full_precision(self) -> bool:

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepspeed._core.pages import empty_flat
 from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed._core.reduce.transport import Pending, Transport
 from deepspeed.comm import doctor
@@ -295,10 +296,10 @@ class GradReducer:
                 if buffer.dtype == dtype:
                     bucket.use_grad_buffer(self._pool.pop(index)[: bucket.numel])
                     return
-            buffer = torch.empty(self._pool_numel, dtype=dtype, device=bucket.device)
+            buffer = empty_flat(self._pool_numel, dtype, bucket.device)
             bucket.use_grad_buffer(buffer[: bucket.numel])
         else:
-            bucket.use_grad_buffer(torch.empty(bucket.numel, dtype=dtype, device=bucket.device))
+            bucket.use_grad_buffer(empty_flat(bucket.numel, dtype, bucket.device))
 
     def _launch(self, bucket: Bucket, keep_in_flight: int = 0) -> None:
         """Sends a bucket, and waits until no more than so many (if overlapping, two) are in flight."""
@@ -341,7 +342,7 @@ class GradReducer:
         if full.dtype == bucket.accum_dtype:
             bucket.grad_shard = bucket.slice_of(full)
         elif bucket.grad_shard._base is not None:
-            bucket.grad_shard = torch.empty(bucket.shard_numel, dtype=bucket.accum_dtype, device=bucket.device)
+            bucket.grad_shard = empty_flat(bucket.shard_numel, bucket.accum_dtype, bucket.device)
 
     def _all_reduce_instead(self, bucket: Bucket, full: torch.Tensor) -> Pending:
         whole = self.transport.all_reduce(full, scale=self.policy.post_scale, eager=self.policy.overlap)
