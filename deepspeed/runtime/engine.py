@@ -1,7 +1,8 @@
 """The training engine: forward, backward and step of a wrapped model, phases only.
 
 What each phase needs is built once by :mod:`deepspeed.runtime.engine_setup`; gradients, shards and precision live in
-the optimizer (:mod:`deepspeed.runtime.flat_optimizer`), files in :mod:`deepspeed.runtime.engine_checkpoint`.
+the optimizer (:mod:`deepspeed.runtime.flat_optimizer`), files in :mod:`deepspeed.runtime.engine_saving` and
+:mod:`deepspeed.runtime.engine_loading`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deepspeed import comm as dist
 from deepspeed.comm import doctor
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
-from deepspeed.runtime import engine_checkpoint, engine_setup
+from deepspeed.runtime import engine_loading, engine_saving, engine_setup
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_getters import ConfigGetters
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
@@ -359,7 +360,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         With ZeRO-3, rank 0 needs host memory for the whole model. Without ``stage3_gather_16bit_weights_on_model_save``
         nothing is saved, which a warning says, and False returned.
         """
-        return engine_checkpoint.save_weights(self, save_dir, save_filename, exclude_frozen_parameters)
+        return engine_saving.save_weights(self, save_dir, save_filename, exclude_frozen_parameters)
 
     save_fp16_model = save_16bit_model
 
@@ -375,7 +376,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
         ``client_state`` holds plain values and tensors; :meth:`load_checkpoint` gives them back. True when saved.
         """
-        return engine_checkpoint.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        return engine_saving.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(
         self,
@@ -392,14 +393,14 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         ``(None, None)`` if there is no ``latest``; a ``CheckpointError`` on every rank, and an unchanged engine, if
         the checkpoint is damaged or of another model.
         """
-        what = engine_checkpoint.LoadWhat(
+        what = engine_loading.LoadWhat(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
             custom_load_fn=custom_load_fn,
         )
-        return engine_checkpoint.load(self, load_dir, tag, what)
+        return engine_loading.load(self, load_dir, tag, what)
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
         """The whole model's state dict on rank 0 in host memory, None on the others. Collective.
@@ -407,10 +408,10 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         Raises:
             ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``.
         """
-        return engine_checkpoint.consolidated(self, exclude_frozen_parameters)
+        return engine_saving.consolidated(self, exclude_frozen_parameters)
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
-        return engine_checkpoint.consolidated(self, exclude_frozen_parameters)
+        return engine_saving.consolidated(self, exclude_frozen_parameters)
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ LAYERS = {
     "deepspeed.runtime.engine": 4,
     "deepspeed.runtime.engine_setup": 4,
     "deepspeed.runtime.engine_checkpoint": 4,
+    "deepspeed.runtime.engine_loading": 4,
+    "deepspeed.runtime.engine_saving": 4,
     "deepspeed.launcher": 5,
     "deepspeed.env_report": 5,
 }
