@@ -30,7 +30,7 @@ from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
 from deepspeed._core.params.handle import handle_of
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
-from deepspeed.runtime import optimizer_state, partitioned_state
+from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, set_rng_state, together
 from deepspeed.runtime.zero.module_state import is_state_hook, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
@@ -103,7 +103,7 @@ def load(
     flat, reader = engine._flat, opened.reader
     together(lambda: _check_module(engine, opened, what))
     if reader is not None and flat is not None:
-        together(lambda: optimizer_state.check_matches(flat, reader))
+        together(lambda: optimizer_loading.check_matches(flat, reader))
     if flat is not None:
         flat.settle_weights()
     # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
@@ -114,7 +114,7 @@ def load(
         undo()
         raise
     if reader is not None and flat is not None:
-        together(lambda: optimizer_state.load_into(flat, reader))
+        together(lambda: optimizer_loading.load_into(flat, reader))
         _agree_on_weights(engine, opened)
     if engine._offload is not None:
         engine._offload.refresh()
