@@ -5,7 +5,8 @@
 
 Every ZeRO checkpoint folder holds a copy of this script, so it stands alone: it needs torch 2.6 or later, neither
 deepspeed nor a GPU nor the training script. Files of ZeRO stages 0 to 3 are read through a memory map and only values
-are built from them (``weights_only``); the outputs are written one shard at a time, each atomically.
+are built from them (``weights_only``); the outputs are written one shard at a time, each atomically. safetensors are
+written in blocks of a few megabytes, whatever the size of the model; .bin files need memory for one of them.
 
 Trained weights come out in fp32 from the master copies, frozen ones in the dtype that they are stored in, floating
 point buffers in fp32, and tied weights as one tensor under each of their names.
@@ -27,8 +28,9 @@ import secrets
 import struct
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import IO, Any
 
@@ -74,10 +76,8 @@ def _load(path: str) -> Any:
         raise FileNotFoundError(f"{path}: expected a checkpoint file, but there is no such file")
     stand_ins = {**_STAND_INS, **_numpy_builders()}
     try:
-        with open(path, "rb") as stream:
-            is_zip = stream.read(4) == b"PK\x03\x04"  # files of torch before 1.6 are not, and cannot be mapped
         with torch.serialization.safe_globals([(build, name) for name, build in stand_ins.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except MemoryError:
         raise
     except Exception as error:
@@ -97,6 +97,16 @@ def _load(path: str) -> Any:
             f"{path} ({os.path.getsize(path)} bytes): expected a complete file written by torch.save, but it is "
             f"truncated, damaged or something else ({type(error).__name__}: {reason})"
         ) from error
+
+
+def _can_be_mapped(path: str) -> bool:
+    """Files of torch before 1.6 cannot; those of machines with another byte order change as they are loaded."""
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return False
+    with zipfile.ZipFile(path) as archive:
+        orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    return orders in ([], [sys.byteorder.encode()])
 
 
 def _numpy_builders() -> dict[str, Callable[..., Any]]:
@@ -167,17 +177,58 @@ def _tag_dir(checkpoint_dir: str, tag: str | None) -> str:
     source = "the given tag"
     if tag is None:
         if not os.path.isfile(latest):
-            raise FileNotFoundError(f"{latest} is not there, so a tag must be given (one of the folders beside it)")
+            beside = sorted(os.listdir(checkpoint_dir)) if os.path.isdir(checkpoint_dir) else []
+            tags = [n for n in beside if not n.startswith(".") and os.path.isdir(os.path.join(checkpoint_dir, n))]
+            raise FileNotFoundError(
+                f"{latest} is not there, so a tag must be given (-t TAG); folders beside it: {', '.join(tags) or 'none'}"
+            )
         with open(latest, encoding="utf-8") as stream:
             tag = stream.read().strip()
         source = f"the tag in {latest}"
     folder = os.path.join(checkpoint_dir, tag)
+    if tag.startswith("."):
+        raise ZeroCheckpointError(f"{source} is {tag!r}: names with a dot are of saves that have not finished")
     if not tag or not os.path.isdir(folder):
         raise FileNotFoundError(f"{source} is {tag!r}, but {folder} is not a folder")
     return folder
 
 
 # ---- From files to named weights ------------------------------------------------------------------------------------
+
+
+_BLOCK_NUMEL = 1 << 20
+_MADV_DONTNEED = 4
+
+
+class _MappedPages:
+    """Gives pages of mapped files back once they are read; else a process would seem to need all that it ever read.
+
+    Only memory that the system lists as mapped from a file is touched: other memory would be lost.
+    """
+
+    def __init__(self) -> None:
+        # Address ranges, each with a tensor that keeps the range from being unmapped and used for something else.
+        self._known: list[tuple[int, int, torch.Tensor]] = []
+
+    def give_back(self, part: torch.Tensor) -> None:
+        """``part``: 1-D, contiguous. Its values stay readable, and come from the file again."""
+        begin, end = part.data_ptr(), part.data_ptr() + part.nbytes
+        if begin < end and sys.platform == "linux" and self._is_mapped(begin, end, part):
+            page = os.sysconf("SC_PAGESIZE")
+            begin -= begin % page
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+
+    def _is_mapped(self, begin: int, end: int, part: torch.Tensor) -> bool:
+        if any(low <= begin and end <= high for low, high, _ in self._known):
+            return True
+        with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                addresses, _, _, _, inode, *_ = line.split()
+                low, high = (int(address, 16) for address in addresses.split("-"))
+                if low <= begin and end <= high and inode != "0":
+                    self._known.append((low, high, part))
+                    return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -187,6 +238,7 @@ class _Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[torch.Tensor, ...]
+    pages: _MappedPages = field(default_factory=_MappedPages, repr=False, compare=False)
 
     def numel(self) -> int:
         return prod(self.shape)
@@ -199,13 +251,22 @@ class _Weight:
         """The weight in memory of its own, which no file backs."""
         out = torch.empty(self.numel(), dtype=self.dtype)
         filled = 0
-        for piece in self.pieces:
-            part = piece.reshape(-1)[: out.numel() - filled]
-            out[filled : filled + part.numel()] = part.detach()
+        for part in self.parts():
+            out[filled : filled + part.numel()] = part
             filled += part.numel()
-        if filled != out.numel():
-            raise ZeroCheckpointError(f"the files hold {filled} of the {out.numel()} elements of a weight")
         return out.view(self.shape)
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """The elements in order, 1-D, a block at a time, as they lie in the files (also in their dtype there)."""
+        left = self.numel()
+        for piece in self.pieces:
+            flat = piece.detach().reshape(-1)[:left]
+            left -= flat.numel()
+            for part in flat.split(_BLOCK_NUMEL):
+                yield part
+                self.pages.give_back(part)
+        if left:
+            raise ZeroCheckpointError(f"the files lack {left} of the {self.numel()} elements of a weight")
 
 
 @dataclass(frozen=True)
@@ -454,6 +515,9 @@ def _read(checkpoint_dir: str, tag: str | None, exclude_frozen: bool) -> _Checkp
     tag_dir = _tag_dir(os.fspath(checkpoint_dir), tag)
     print(f"Processing zero checkpoint at {os.path.basename(os.path.normpath(tag_dir))}")
     checkpoint = _open_checkpoint(tag_dir, exclude_frozen)
+    pages = _MappedPages()
+    shared = {name: replace(weight, pages=pages) for name, weight in checkpoint.weights.items()}
+    checkpoint = replace(checkpoint, weights=shared)
     print(f"Detected checkpoint of type zero stage {checkpoint.stage}, world_size: {checkpoint.world_size}")
     return checkpoint
 
@@ -469,8 +533,14 @@ _SAFETENSORS_DTYPES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -503,6 +573,8 @@ def _write_safetensors(path: str, weights: Mapping[str, _Weight], aliases: Mappi
     """The published format: header length, JSON header, raw little-endian data. Aliases go into the metadata."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases}}
     end = 0
+    # The widest dtypes first: so all data is aligned.
+    weights = dict(sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize))
     for name, weight in weights.items():
         kind = _SAFETENSORS_DTYPES.get(weight.dtype)
         if kind is None:
@@ -515,9 +587,10 @@ def _write_safetensors(path: str, weights: Mapping[str, _Weight], aliases: Mappi
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
         for name in _progress(weights):
-            flat = weights[name].contiguous().reshape(-1)
-            if flat.numel():
-                stream.write((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+            for part in weights[name].parts():
+                block = part.to(weights[name].dtype).contiguous()
+                if block.numel():
+                    stream.write((ctypes.c_char * block.nbytes).from_address(block.data_ptr()))
 
 
 def _parse_size(size: int | str | None) -> int | None:

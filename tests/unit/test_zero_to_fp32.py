@@ -25,6 +25,7 @@ from deepspeed.utils.zero_to_fp32 import (
     get_optim_files,
     load_state_dict_from_zero_checkpoint,
 )
+from tests.helpers.memory import measured_environment
 
 FIXTURES = Path(__file__).parents[1] / "data" / "reference-checkpoints"
 ALL = sorted(p.name for p in FIXTURES.iterdir() if p.is_dir())
@@ -248,17 +249,25 @@ def test_safetensors_bytes_are_those_of_the_library(copied: Path, tmp_path: Path
         torch.int32,
         torch.uint8,
         torch.bool,
+        torch.uint16,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
     ]
     tensors = {str(kind): torch.tensor([[0, 1, 2], [3, 4, 5]]).to(kind) for kind in kinds}
     tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5)}
     weights = {n: script._Weight(tuple(t.shape), t.dtype, (t.reshape(-1),)) for n, t in tensors.items()}
     script._write_safetensors(str(tmp_path / "a.safetensors"), weights, {})
     save_safetensors(tensors, tmp_path / "b.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.itemsize == 0, f"{name} is not aligned"
     back, other = load_safetensors(tmp_path / "a.safetensors"), load_safetensors(tmp_path / "b.safetensors")
     assert set(back) == set(other)
     for name, tensor in other.items():
         assert back[name].dtype == tensor.dtype
-        assert torch.equal(back[name], tensor), name
+        assert torch.equal(back[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize(
@@ -442,3 +451,116 @@ def test_clones_save_small(tmp_path: Path) -> None:
     flat = torch.zeros(100_000)
     torch.save(clone_tensors_for_torch_save({"w": flat[:10]}), tmp_path / "a.pt")
     assert (tmp_path / "a.pt").stat().st_size < 5000
+
+
+def test_other_files_and_unfinished_saves_beside_the_tags(copied: Path, tmp_path: Path) -> None:
+    (copied / "step3" / "manifest.json").write_text("{}")
+    shutil.copytree(copied / "step3", copied / ".step4.x1.tmp")
+    (copied / "step3" / ".zero_pp_rank_5_mp_rank_00_optim_states.pt.ab.tmp").write_text("half")
+    for tag, out in (("step3", "by_tag"), (None, "by_latest")):
+        convert_zero_checkpoint_to_fp32_state_dict(str(copied), str(tmp_path / out), tag=tag)
+        assert_expected(torch.load(tmp_path / out / "pytorch_model.bin", weights_only=True), "z2_fp32")
+    with pytest.raises(
+        ValueError, match=r"the given tag is '\.step4\.x1\.tmp': names with a dot are of saves that have not"
+    ):
+        get_fp32_state_dict_from_zero_checkpoint(str(copied), ".step4.x1.tmp")
+    (copied / "latest").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a tag must be given \(-t TAG\); folders beside it: step3$"):
+        get_fp32_state_dict_from_zero_checkpoint(str(copied))
+
+
+def test_pieces_that_no_file_backs_are_left_alone() -> None:
+    """Giving pages back must never touch other memory: there it would erase values."""
+    value = torch.arange(3_000_000.0).view(1000, 3000)
+    for given in (value, value.t()):
+        weight = script._Weight(tuple(given.shape), torch.float32, (given,))
+        for _ in range(2):
+            assert torch.equal(weight.contiguous(), given)
+    short = script._Weight((5,), torch.float32, (torch.zeros(3),))
+    with pytest.raises(ValueError, match="lack 2 of the 5 elements"):
+        short.contiguous()
+
+
+def test_strided_pieces_are_written_as_they_read(tmp_path: Path) -> None:
+    column = torch.arange(12.0).view(4, 3)[:, 1]
+    weights = {"c": script._Weight((4,), torch.float32, (column,))}
+    script._write_safetensors(str(tmp_path / "a.safetensors"), weights, {})
+    assert torch.equal(load_safetensors(tmp_path / "a.safetensors")["c"], column)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+SMALL, LARGE, COUNT = 1 << 20, 1 << 21, 8  # elements of a small and of the large parameter; number of small ones
+MODEL_NBYTES = 4 * (COUNT * SMALL + LARGE)
+SLACK = 8 * MIB  # a block, and what the interpreter and the allocator take
+
+
+def write_large(folder: Path, stage: int) -> None:
+    """A folder of two ranks with 40 MiB of masters, and with bf16 weights beside them in stage 2."""
+    shapes = OrderedDict((f"w{i}", torch.Size([1024, SMALL // 1024])) for i in range(COUNT))
+    shapes["large"] = torch.Size([LARGE])
+    (folder / "t").mkdir()
+    (folder / "latest").write_text("t")
+    module = {n: torch.ones(0 if stage == 3 else s, dtype=torch.bfloat16) for n, s in shapes.items()}
+    model = {"module": module, "param_shapes": [shapes], "buffer_names": [], "shared_params": {}}
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    torch.save(model, folder / "t" / name)
+    for rank in range(2):
+        flat = torch.arange(MODEL_NBYTES // 8, dtype=torch.float32)
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        state = {"zero_stage": stage, "partition_count": 2 if stage == 3 else [2], key: [flat]}
+        torch.save({"optimizer_state_dict": state}, folder / "t" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+
+MEASURE = """
+import contextlib, importlib.util, io, json, sys
+sys.path.insert(0, sys.argv[4])
+from tests.helpers.memory import peak_nbytes
+spec = importlib.util.spec_from_file_location("script", sys.argv[1])
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+small, folder = sys.argv[2:4]
+convert = script.convert_zero_checkpoint_to_fp32_state_dict
+
+def one_by_one(source):
+    lazy = script.get_fp32_state_dict_from_zero_checkpoint(source, lazy_mode=True)
+    for name in list(lazy):
+        lazy[name].contiguous()
+
+actions = {
+    "bin": lambda source: convert(source, source + "/out", max_shard_size="9MB"),
+    "safetensors": lambda source: convert(source, source + "/safe", max_shard_size="9MB", safe_serialization=True),
+    "one": lambda source: convert(source, source + "/one.safetensors"),
+    "lazy": one_by_one,
+    "whole": lambda source: script.get_fp32_state_dict_from_zero_checkpoint(source),
+}
+found = {}
+with contextlib.redirect_stdout(io.StringIO()):
+    for name, action in actions.items():
+        action(small)
+        found[name] = peak_nbytes(lambda: action(folder))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_peak_memory_is_that_of_a_shard(stage: int, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "small").mkdir()
+    write_large(tmp_path / "large", stage)
+    write_own_stage2(tmp_path / "small", 2)
+    with measured_environment():
+        paths = [script.__file__, tmp_path / "small", tmp_path / "large", Path(__file__).parents[2]]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *map(str, paths)], capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout)
+    largest, shard = 4 * LARGE, 9 * 10**6
+    assert peak["whole"] >= MODEL_NBYTES, f"the measurement sees nothing: {peak}"
+    assert peak["bin"] <= shard + largest + SLACK, peak
+    assert peak["safetensors"] <= SLACK, f"nothing but blocks is ever in memory: {peak}"
+    assert peak["one"] <= SLACK, f"one file takes no more than several: {peak}"
+    assert peak["lazy"] <= largest + SLACK, peak
+    assert peak["whole"] <= MODEL_NBYTES + SLACK, peak
