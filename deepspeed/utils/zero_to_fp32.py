@@ -32,7 +32,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 import torch
 
@@ -524,7 +524,7 @@ def _read(checkpoint_dir: str, tag: str | None, exclude_frozen: bool) -> _Checkp
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -569,31 +569,54 @@ def _write_bin(path: str, weights: Mapping[str, _Weight], aliases: Mapping[str, 
         torch.save(tensors, stream)
 
 
-def _write_safetensors(path: str, weights: Mapping[str, _Weight], aliases: Mapping[str, str]) -> None:
-    """The published format: header length, JSON header, raw little-endian data. Aliases go into the metadata."""
+class _Stored(Protocol):
+    """What is to be stored of a tensor."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def safetensors_header(tensors: Mapping[str, _Stored], aliases: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """What a file of these tensors begins with, and in which order their data follows without gaps.
+
+    The published format: header length, JSON header, raw little-endian data. Aliases go into the metadata.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases}}
-    end = 0
     # The widest dtypes first: so all data is aligned.
-    weights = dict(sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize))
-    for name, weight in weights.items():
-        kind = _SAFETENSORS_DTYPES.get(weight.dtype)
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        kind = SAFETENSORS_DTYPES.get(tensor.dtype)
         if kind is None:
-            raise ZeroCheckpointError(f"{name!r} has dtype {weight.dtype}, which safetensors does not have; use .bin")
-        header[name] = {"dtype": kind, "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}
-        end += weight.nbytes
+            raise ZeroCheckpointError(f"{name!r} has dtype {tensor.dtype}, which safetensors does not have; use .bin")
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # data begins aligned
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def raw_bytes(tensor: torch.Tensor) -> Any:
+    """The data of a contiguous tensor on the host, as something to write; valid for as long as the tensor lives."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
+
+
+def _write_safetensors(path: str, weights: Mapping[str, _Weight], aliases: Mapping[str, str]) -> None:
+    header, order = safetensors_header(weights, aliases)
     with _replacing(path) as stream:
-        stream.write(struct.pack("<Q", len(text)))
-        stream.write(text)
-        for name in _progress(weights):
+        stream.write(header)
+        for name in _progress(order):
             for part in weights[name].parts():
                 block = part.to(weights[name].dtype).contiguous()
-                if block.numel():
-                    stream.write((ctypes.c_char * block.nbytes).from_address(block.data_ptr()))
+                stream.write(raw_bytes(block))
 
 
-def _parse_size(size: int | str | None) -> int | None:
+def parse_size(size: int | str | None) -> int | None:
     """Bytes of "5GB" (10**9), "512MiB" (2**20) or a plain number; None is no limit."""
     if size is None or isinstance(size, int):
         limit = size
@@ -618,9 +641,12 @@ def _parse_size(size: int | str | None) -> int | None:
     return limit
 
 
-def _shards(weights: Mapping[str, _Weight], limit: int | None) -> list[dict[str, _Weight]]:
+_T = TypeVar("_T", bound=_Stored)
+
+
+def split_into_shards(weights: Mapping[str, _T], limit: int | None) -> list[dict[str, _T]]:
     """Weights in order, as many to a shard as ``limit`` bytes hold; a larger weight has a shard of its own."""
-    shards: list[dict[str, _Weight]] = [{}]
+    shards: list[dict[str, _T]] = [{}]
     nbytes = 0
     for name, weight in weights.items():
         if limit is not None and shards[-1] and nbytes + weight.nbytes > limit:
@@ -648,7 +674,7 @@ def _write(checkpoint: _Checkpoint, output: str, limit: int | None, safe: bool) 
     stem, suffix = ("model", ".safetensors") if safe else ("pytorch_model", ".bin")
     folder = os.path.dirname(os.path.abspath(output)) if single else output
     os.makedirs(folder, exist_ok=True)
-    shards = _shards(checkpoint.weights, None if single else limit)
+    shards = split_into_shards(checkpoint.weights, None if single else limit)
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
@@ -728,7 +754,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     output = output_dir if output_dir is not None else output_file
     if output is None:
         raise ValueError("expected output_dir: a folder, or a file name such as pytorch_model.bin")
-    limit = _parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     checkpoint = _read(checkpoint_dir, tag, exclude_frozen_parameters)
     _write(checkpoint, os.fspath(output), limit, safe_serialization)
 

@@ -275,7 +275,7 @@ def test_safetensors_bytes_are_those_of_the_library(copied: Path, tmp_path: Path
     [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2 KiB", 2048), ("1gib", 2**30), ("700", 700), (12, 12), (None, None)],
 )
 def test_shard_sizes(text: object, nbytes: object) -> None:
-    assert script._parse_size(text) == nbytes  # type: ignore[arg-type]
+    assert script.parse_size(text) == nbytes  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["", "five", "5XB", "-1GB", "0", 0, "step3"])

@@ -17,6 +17,7 @@ import torch.distributed as torch_dist
 
 from deepspeed import comm as dist
 from deepspeed._core import compat
+from deepspeed._core.reduce.collect import collect_spans
 from deepspeed._core.reduce.transport import Pending
 from deepspeed.comm import doctor
 
@@ -97,30 +98,10 @@ class ParamTransport(abc.ABC):
         ``out``: there, 1-D with ``numel`` elements, maybe on the host; None elsewhere, where nothing is allocated.
         """
         size, tag = shard.numel(), _TAG_BASE + key % _TAG_COUNT
-        pieces = [(min(numel, rank * size), min(numel, (rank + 1) * size)) for rank in range(self.world_size)]
-        if self.rank != root:
-            begin, end = pieces[self.rank]
-            if begin == end:
-                return Pending()
-            own = shard[: end - begin]
-            work = dist.isend(own, self.global_rank(root), group=self.group, tag=tag)
-            return Pending([work], [own], op="send", nbytes=own.nbytes, group=self.group)
-        if out is None:
-            raise AssertionError("the root of a collection has nowhere to put it; please report this")
-        # Other devices cannot receive into host memory.
-        target, whole = out, out if out.device == shard.device else shard.new_empty(numel)
-        works = []
-        for rank, (begin, end) in enumerate(pieces):
-            if rank == root:
-                whole[begin:end].copy_(shard[: end - begin])
-            elif begin < end:
-                works.append(dist.irecv(whole[begin:end], self.global_rank(rank), group=self.group, tag=tag))
-
-        def copy_out() -> None:
-            if whole is not target:
-                target.copy_(whole)
-
-        return Pending(works, [whole], copy_out, op="recv", nbytes=whole.nbytes, group=self.group)
+        spans = [(min(numel, rank * size), min(numel, (rank + 1) * size)) for rank in range(self.world_size)]
+        begin, end = spans[self.rank]
+        own = shard[: end - begin]
+        return collect_spans(own, spans, out, group=self.group, rank=self.rank, root=root, tag=tag)
 
     def global_rank(self, rank: int) -> int:
         """The global rank of ``rank`` of this group."""
