@@ -42,6 +42,7 @@ OWN_KEYS = {
     "mp_world_size",
     "checkpoint_parallel_dimensions",
     "ds_config",
+    "ds_format",
     "ds_version",
     RNG,
 }

@@ -7,31 +7,39 @@ this package. Every file appears complete or not at all. An error on one rank is
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.compare import differences, listed
 from deepspeed._core.ckpt.io import load_file
 from deepspeed._core.ckpt.native import (
     LATEST,
+    check_format,
     find_tag_dir,
     model_states_path,
     optim_states_paths,
     read_latest,
+    read_zero_group_shapes,
 )
-from deepspeed._core.ckpt.reader import NativeZeroReader
+from deepspeed._core.ckpt.reader import NativeZeroReader, ZeroReader
+from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL, UniversalReader, is_universal
 from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
 from deepspeed._core.params.handle import handle_of
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, set_rng_state, together
+from deepspeed.runtime.optimizer_loading import LoadPlan, ModelNames
 from deepspeed.runtime.zero.module_state import is_state_hook, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
 
@@ -62,7 +70,7 @@ class _Opened:
     """The model file."""
     state: dict[str, Any]
     """Its content."""
-    reader: NativeZeroReader | None
+    reader: ZeroReader | None
     """Optimizer state, if that is to be loaded."""
     weights: PartitionedWeights | None
     """Where the weights are, in a folder of stage 3."""
@@ -85,9 +93,12 @@ def load(
     """See ``DeepSpeedEngine.load_checkpoint``. Everything is read and checked before anything is changed."""
 
     def locate() -> Path | None:
-        if tag is None and os.path.isdir(load_dir) and read_latest(load_dir) is None:
+        wanted = tag
+        if wanted is None and engine.load_universal_checkpoint():
+            wanted = read_latest(load_dir, LATEST_UNIVERSAL)
+        if wanted is None and os.path.isdir(load_dir) and read_latest(load_dir) is None:
             return None
-        return find_tag_dir(load_dir, tag)
+        return find_tag_dir(load_dir, wanted)
 
     folder = together(locate)
     found = gather(None if folder is None else folder.name)
@@ -102,20 +113,21 @@ def load(
     opened = together(lambda: _open(engine, folder, what))
     flat, reader = engine._flat, opened.reader
     together(lambda: _check_module(engine, opened, what))
+    names = _model_names(engine, opened)
+    plan = None
     if reader is not None and flat is not None:
-        together(lambda: optimizer_loading.check_matches(flat, reader))
+        plan = together(lambda: optimizer_loading.plan_load(flat, reader, names, what.strict))
+    _tell(folder, [*_notes_on_module(engine, opened, what), *(plan.notes if plan is not None else ())])
     if flat is not None:
         flat.settle_weights()
-    # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
-    undo = together(lambda: _load_scheduler(engine, opened.state, what))
-    try:
-        together(lambda: _load_module(engine, opened, what))
-    except BaseException:
-        undo()
-        raise
-    if reader is not None and flat is not None:
-        together(lambda: optimizer_loading.load_into(flat, reader))
-        _agree_on_weights(engine, opened)
+    with contextlib.ExitStack() as undo:  # what a failure on any rank takes back
+        # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
+        together(lambda: _load_scheduler(engine, opened, what, names, undo))
+        together(lambda: _load_module(engine, opened, what, names, plan, undo))
+        undo.pop_all()
+    if plan is not None and flat is not None:
+        together(lambda: optimizer_loading.load_planned(flat, plan))
+        _agree_on_weights(engine, opened, plan)
     if engine._offload is not None:
         engine._offload.refresh()
     if flat is not None:
@@ -128,129 +140,219 @@ def load(
     return str(opened.path), clone_tensors_for_torch_save(client_state)
 
 
-def _agree_on_weights(engine: DeepSpeedEngine, opened: _Opened) -> None:
+def _tell(folder: Path, notes: list[str]) -> None:
+    if notes:
+        log_dist(f"loading {folder}: {'; '.join(notes)}", level=logging.WARNING)
+
+
+def _masters_count(engine: DeepSpeedEngine) -> bool:
+    """Whether weights follow the masters of the checkpoint, and not the other way round."""
+    return bool(engine.zero_load_from_fp32_weights()) or engine.zero_optimization_stage() == 0
+
+
+def _agree_on_weights(engine: DeepSpeedEngine, opened: _Opened, plan: LoadPlan) -> None:
     """After the masters were loaded: they, or the weights in the model's dtype, are what counts. Collective."""
     flat = engine._require_optimizer("load_checkpoint")
-    from_masters = engine.zero_load_from_fp32_weights() or flat.stage == 0
-    if from_masters or opened.weights is not None:  # stage 3 folders hold no other weights
+    if _masters_count(engine) or opened.weights is not None:  # stage 3 folders hold no other weights
         flat.publish_weights()
-    if not from_masters:
-        flat.refresh_master()
+    if not _masters_count(engine):
+        optimizer_loading.follow_weights(flat, plan.matched)
+
+
+def _model_names(engine: DeepSpeedEngine, opened: _Opened) -> ModelNames:
+    live: dict[torch.nn.Parameter, list[str]] = {}
+    for name, param in engine.module.named_parameters(remove_duplicate=False):
+        live.setdefault(param, []).append(name)
+    return ModelNames(live, opened.entries().keys(), opened.state.get("shared_params") or {})
 
 
 def _open(engine: DeepSpeedEngine, folder: Path, what: LoadWhat) -> _Opened:
     partitioned_state.check_released(named_handles(engine.module))
     mp_rank, flat = mp_rank_of(engine), engine._flat
-    weights = PartitionedWeights(folder, mp_rank) if is_partitioned(folder, mp_rank) else None
-    if weights is not None:
+    if is_partitioned(folder, mp_rank):
+        weights = PartitionedWeights(folder, mp_rank)
         rank, ranks, _ = partitioned_state.shard_rank(engine)
         # A rank's own buffers and client state, if there are as many ranks.
         path, state = weights.model_file(rank if ranks == weights.world_size else 0)
+        opened = _Opened(path, state, weights.reader, weights)
     else:
         path = model_states_path(folder, mp_rank)
-        state = load_file(path)
+        opened = _Opened(path, load_file(path), None, None)
+    state = opened.state
     if not isinstance(state, dict) or not isinstance(state.get("module"), Mapping):
         raise CheckpointError(f"{path}: expected a dict with the model's weights under 'module'")
+    check_format(state, path)
     if not what.optimizer or flat is None:
-        return _Opened(path, state, None, weights)
-    if not optim_states_paths(folder, mp_rank) and not state.get("optimizer"):
+        return replace(opened, reader=None)
+    universal = is_universal(folder, mp_rank)
+    if engine.load_universal_checkpoint() and not universal:
+        warning_once(f"checkpoint.load_universal is true, but {folder} is a native folder: it is loaded as such")
+    if not universal and not optim_states_paths(folder, mp_rank) and not state.get("optimizer"):
         raise CheckpointError(
             f"{folder} holds no optimizer state (neither optimizer files nor an 'optimizer' entry in {path.name}); "
             "pass load_optimizer_states=False to load the weights only"
         )
-    if weights is not None:
-        return _Opened(path, state, weights.reader, weights)
+    if opened.weights is not None:
+        return opened
     names = [list(group) for group in optimizer_state.group_shapes(flat)]
-    return _Opened(path, state, NativeZeroReader(folder, param_names=names, mp_rank=mp_rank), None)
+    reader = (UniversalReader if universal else NativeZeroReader)(folder, param_names=names, mp_rank=mp_rank)
+    return _Opened(path, reader.model_state, reader, None)
 
 
 def _check_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> None:
     if what.custom_load_fn is not None or _loads_itself(engine.module):
         return
-    saved, mine = opened.entries(), engine.module.state_dict()
-    problems = [
-        f"{name!r} has shape {tuple(mine[name].shape)} in the model and {tuple(tensor.shape)} in the checkpoint"
-        for name, tensor in saved.items()
-        if isinstance(tensor, torch.Tensor) and name in mine and tensor.shape != mine[name].shape
-    ]
-    if what.strict:
-        problems += [f"{name!r} is not in the checkpoint" for name in mine if name not in saved]
-        problems += [f"{name!r} is in the checkpoint only" for name in saved if name not in mine]
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+    saved, mine = _shapes(opened.entries()), _shapes(engine.module.state_dict())
+    clauses = differences(saved, mine, names=what.strict)
+    if clauses:
         raise CheckpointError(
-            f"{opened.path} is of another model: {'; '.join(problems[:10])}{more}. Nothing was loaded. Missing or "
-            "extra names are tolerated with load_module_strict=False"
+            f"{opened.path} is of another model: {'; '.join(clauses)}. Nothing was loaded. Missing or extra names are "
+            "tolerated with load_module_strict=False"
         )
+
+
+def _shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {name: tuple(v.shape) if isinstance(v, torch.Tensor) else None for name, v in entries.items()}
+
+
+def _notes_on_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> list[str]:
+    """What the caller has allowed to be missing or extra."""
+    if what.strict or what.custom_load_fn is not None or _loads_itself(engine.module):
+        return []
+    saved, mine = opened.entries(), engine.module.state_dict()
+    missing, extra = [name for name in mine if name not in saved], [name for name in saved if name not in mine]
+    notes = [f"not in the checkpoint, so left as they are: {listed(missing)}"] if missing else []
+    return notes + ([f"in the checkpoint only, so left aside: {listed(extra)}"] if extra else [])
+
+
+# Batch norm counts what it has seen, and makes the count up for models older than that. Names and shapes are compared.
+_KNOWN_LOADERS = (
+    torch.nn.Module._load_from_state_dict,
+    torch.nn.modules.batchnorm._NormBase._load_from_state_dict,
+    torch.nn.modules.instancenorm._InstanceNorm._load_from_state_dict,
+)
 
 
 def _loads_itself(module: torch.nn.Module) -> bool:
     """Whether a part of the module translates names or shapes on loading, so that comparing them proves nothing."""
     return any(
         any(not is_state_hook(hook) for hook in part._load_state_dict_pre_hooks.values())
-        or type(part)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+        or type(part)._load_from_state_dict not in _KNOWN_LOADERS
         or type(part).load_state_dict is not torch.nn.Module.load_state_dict
         for part in module.modules()
     )
 
 
-def _load_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> None:
-    """Loads the weights; where they could not be checked before, a failure puts the old ones back."""
-    module, entries, weights = engine.module, opened.state["module"], opened.weights
-    uncertain = what.custom_load_fn is not None or _loads_itself(module)
-    if weights is not None and not uncertain:
-        module.load_state_dict({name: v for name, v in entries.items() if name not in weights}, strict=False)
-        # The masters bring the others.
-        flat = engine._flat
-        trained = {slot.name for slot in flat.slots()} if flat is not None and opened.reader is not None else set()
-        partitioned_state.load_weights(module, weights, skip=trained)
-        if flat is not None and opened.reader is None:
-            flat.refresh_master()
-        return
-    if weights is not None:
-        entries = partitioned_state.whole_state_dict(module, entries, weights)
-    before = [(t, t.detach().clone()) for t in _tensors_of(module)] if uncertain else []
-    try:
+def _load_module(
+    engine: DeepSpeedEngine,
+    opened: _Opened,
+    what: LoadWhat,
+    names: ModelNames,
+    plan: LoadPlan | None,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Loads the weights, but for those that the plan's masters bring.
+
+    ``undo`` gets what takes that back, where it could not be checked before.
+    """
+    module, entries, weights, flat = engine.module, opened.state["module"], opened.weights, engine._flat
+    if what.custom_load_fn is not None or _loads_itself(module):
+        if weights is not None:
+            entries = partitioned_state.whole_state_dict(module, entries, weights)
+        before = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
+        undo.callback(_restore, before)
         engine.load_module_state_dict(entries, strict=what.strict, custom_load_fn=what.custom_load_fn)
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-        raise
+        return
+    brought = plan.matched if plan is not None and (weights is not None or _masters_count(engine)) else {}
+    left = {alias for known in names.live.values() if known[0] in brought for alias in known}
+    if weights is not None:
+        left |= {name for name in entries if name in weights}
+    rest: OrderedDict[str, Any] = OrderedDict((name, value) for name, value in entries.items() if name not in left)
+    if hasattr(entries, "_metadata"):  # versions of modules
+        rest._metadata = entries._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(rest, strict=False)
+    if weights is not None:
+        partitioned_state.load_weights(names.live, weights, skip=brought)
+    if flat is not None:
+        held = {known[0] for known in names.live.values() if any(name in names.saved for name in known)}
+        optimizer_loading.follow_weights(flat, held - brought.keys())
 
 
-def _tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Where the module's values are; of partitioned parameters the shards, and the whole data while that is there."""
-    tensors: list[torch.Tensor] = [*module.buffers()]
-    for param in module.parameters():
+def _restore(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in values:
+            tensor.copy_(value)
+
+
+def _tensors_of(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """Where the module's values and masters are; of partitioned parameters the shards, and the whole data while there."""
+    tensors: list[torch.Tensor] = [*engine.module.buffers()]
+    for param in engine.module.parameters():
         handle = handle_of(param)
         if handle is not None:
             tensors.append(handle.param.ds_tensor)  # type: ignore[attr-defined]
         if handle is None or handle.available:
             tensors.append(param.data)
-    return tensors
+    buckets = engine._flat.buckets if engine._flat is not None else []
+    return tensors + [bucket.master for bucket in buckets if not bucket.full_precision]
 
 
-def _load_scheduler(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> Callable[[], None]:
-    """Loads the schedule; returns what takes that back."""
-    scheduler, saved = engine.lr_scheduler, state.get("lr_scheduler")
+def _load_scheduler(
+    engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat, names: ModelNames, undo: contextlib.ExitStack
+) -> None:
+    """Loads the schedule; ``undo`` gets what takes that back."""
+    scheduler, saved = engine.lr_scheduler, opened.state.get("lr_scheduler")
     if not what.scheduler or saved is None or not hasattr(scheduler, "load_state_dict"):
-        return lambda: None
+        return
     before = copy.deepcopy(scheduler.state_dict())
     rates = [group.get("lr") for group in engine._groups()]
 
-    def undo() -> None:
+    def take_back() -> None:
         scheduler.load_state_dict(before)
         for group, rate in zip(engine._groups(), rates, strict=True):
             if "lr" in group:
                 group["lr"] = rate
 
-    try:
-        scheduler.load_state_dict(clone_tensors_for_torch_save(saved))
-    except BaseException:
-        undo()
-        raise
-    return undo
+    undo.callback(take_back)
+    order = _group_order(engine, opened, names)
+    scheduler.load_state_dict(clone_tensors_for_torch_save(_regrouped(saved, before, order)))
+
+
+def _group_order(engine: DeepSpeedEngine, opened: _Opened, names: ModelNames) -> tuple[int, list[int | None]] | None:
+    """How many parameter groups were saved, and which of them each live group is; None if that is not known."""
+    flat, shapes = engine._flat, read_zero_group_shapes(opened.state)
+    if flat is None or shapes is None:
+        return None
+    known = {name for group in shapes for name in group}
+    matched = {s.name: n for s in flat.slots() if (n := names.source_of(s.param, known)) is not None}
+    sources = optimizer_loading.saved_groups(flat, shapes, matched)
+    return len(shapes), list(sources)
+
+
+# What torch's schedulers keep as a list with one entry a parameter group.
+_PER_GROUP = {"base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas"}
+
+
+def _regrouped(saved: Any, live: Any, order: tuple[int, list[int | None]] | None) -> Any:
+    """A scheduler's state with its lists in the order of the live parameter groups; of new groups, what they have."""
+    if order is None or not isinstance(saved, Mapping) or not isinstance(live, Mapping):
+        return saved
+    count, sources = order
+    if sources == list(range(count)):
+        return saved
+
+    def entry(key: str, value: Any) -> Any:
+        mine = live.get(key)
+        if isinstance(value, Mapping):
+            return _regrouped(value, mine, order)
+        if key == "_schedulers" and isinstance(mine, list) and len(mine) == len(value):
+            return [_regrouped(one, other, order) for one, other in zip(value, mine, strict=True)]
+        per_group = key in _PER_GROUP and isinstance(value, list) and len(value) == count
+        if not per_group or not isinstance(mine, list) or len(mine) != len(sources):
+            return value
+        return [value[source] if source is not None else own for source, own in zip(sources, mine, strict=True)]
+
+    return {key: entry(key, value) for key, value in saved.items()}
 
 
 def _load_run(engine: DeepSpeedEngine, state: dict[str, Any], what: LoadWhat) -> None:

@@ -1,25 +1,28 @@
 """A flat optimizer's state from a checkpoint: which saved values go where, by the names of the parameters.
 
+First a plan, which reads no values and changes nothing, and in which all that can be wrong comes to light; then the copies.
 What the files hold is :mod:`deepspeed.runtime.optimizer_state`'s to say.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 
-from deepspeed._core.ckpt.reader import MASTER, NativeZeroReader, ZeroGroup
-from deepspeed._core.layout.spans import ShardLayout, bucketed, per_param
-from deepspeed._core.params.bucket import ShardBucket
-from deepspeed._core.reduce.bucket import Bucket
+from deepspeed._core.ckpt.compare import differences, listed
+from deepspeed._core.ckpt.reader import MASTER, ZeroReader, ZeroGroup
+from deepspeed._core.layout.spans import ShardLayout, Span
+from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
-from deepspeed.runtime.optimizer_state import group_shapes
 from deepspeed.utils.logging import warning_once
 
-__all__ = ["check_matches", "load_into"]
+__all__ = ["LoadPlan", "ModelNames", "follow_weights", "load_planned", "plan_load", "saved_groups"]
 
 # Group entries that come with the class (in torch, Adam and AdamW differ in the last only): the running program's stay.
 _IMPLEMENTATION_KEYS = {"params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
@@ -28,30 +31,222 @@ _IMPLEMENTATION_KEYS = {"params", "foreach", "fused", "capturable", "differentia
 _SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "consecutive_skips")
 
 
-def _bucket_layout(bucket: Bucket, world_size: int) -> ShardLayout:
-    if isinstance(bucket, ShardBucket):
-        return per_param({slot.name: slot.numel for slot in bucket.slots}, world_size)
-    members = [(slot.name, slot.start, slot.numel) for slot in bucket.slots]
-    return bucketed([members], [bucket.numel], world_size)
+@dataclass(frozen=True)
+class ModelNames:
+    """What parameters are called, in the running model and in the checkpoint.
+
+    Attributes:
+        live: all names of each parameter of the model, the first of them its name in the optimizer.
+        saved: names of everything in the checkpoint's model files.
+        aliases: further names of tied parameters in the checkpoint, and the name that its optimizer knows.
+    """
+
+    live: Mapping[torch.nn.Parameter, Sequence[str]]
+    saved: Collection[str]
+    aliases: Mapping[str, str]
+
+    def source_of(self, param: torch.nn.Parameter, known: Collection[str]) -> str | None:
+        """The name in ``known``, which are names of the checkpoint, of one of the model's parameters."""
+        names = self.live.get(param, ())
+        return next((n for n in (*names, *(self.aliases.get(n, "") for n in names)) if n in known), None)
 
 
-def check_matches(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
-    """Raises ``CheckpointError``, before anything is changed, if the files are of another model or optimizer."""
-    reader.require_shapes({name: tuple(shape) for group in group_shapes(flat) for name, shape in group.items()})
+@dataclass(frozen=True)
+class _Target:
+    """One tensor of the optimizer, and where its elements come from.
+
+    Attributes:
+        tensor: the master.
+        group: the live parameter group.
+        main: the saved group that most elements come from; its step count is taken. None if nothing is in the files.
+        parts: for each saved group, the places of its elements in the flattened tensor, by their saved names.
+        name: the saved name of the one parameter that the tensor is, in stage 0.
+        fresh: ``(begin, numel)`` of elements that the files lack.
+    """
+
+    tensor: torch.Tensor
+    group: int
+    main: int | None
+    parts: dict[int, ShardLayout]
+    name: str
+    fresh: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What :func:`load_planned` will do.
+
+    Attributes:
+        reader: the files.
+        targets: where the optimizer's tensors come from.
+        groups: for each live parameter group, the saved one whose options it takes; None keeps its own.
+        templates: for each live group, what a step puts into the optimizer's state.
+        matched: live names of the parameters that get masters from the files, and the names there.
+        notes: what could not be matched, in sentences for the user.
+    """
+
+    reader: ZeroReader
+    targets: tuple[_Target, ...]
+    groups: tuple[int | None, ...]
+    templates: tuple[dict[str, Any] | None, ...]
+    matched: dict[str, str]
+    notes: tuple[str, ...]
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def plan_load(flat: FlatOptimizer, reader: ZeroReader, names: ModelNames, strict: bool) -> LoadPlan:
+    """Matches the optimizer's parameters with those of the files by name. Changes nothing; not collective.
+
+    Parameters that were frozen when the checkpoint was saved start with fresh state, and the state of parameters that are
+    frozen now is left aside; ``notes`` tell. So do, unless ``strict``, parameters that the checkpoint lacks or that only it
+    has.
+
+    Raises:
+        CheckpointError: the files are of another model or of another kind of optimizer.
+    """
+    saved = {name: shape for group in reader.groups for name, shape in group.shapes.items()}
+    matched = {s.name: n for s in flat.slots() if (n := names.source_of(s.param, saved)) is not None}
+    _check_model(flat, reader, names, matched, strict)
+    groups = saved_groups(flat, [group.shapes for group in reader.groups], matched)
+    notes = [*_notes_on_names(flat, saved, names, matched), *_notes_on_groups(flat, reader, matched, groups)]
     where = {name: index for index, group in enumerate(reader.groups) for name in group.shapes}
-    seen = set()
+    for pair in dict.fromkeys(
+        (where[matched[s.name]], s.bucket.group_index) for s in flat.slots() if s.name in matched
+    ):
+        _check_kind(flat, reader, *pair)
+    templates = tuple(
+        _state_template(flat, index, reader.groups[source].param_group if source is not None else {})
+        for index, source in enumerate(groups)
+    )
+    targets = tuple(target for bucket in flat.buckets for target in _targets(flat, bucket, matched, where))
+    return LoadPlan(reader, targets, groups, templates, matched, tuple(notes))
+
+
+def saved_groups(
+    flat: FlatOptimizer, groups: Sequence[Collection[str]], matched: Mapping[str, str]
+) -> tuple[int | None, ...]:
+    """For each live parameter group, the index of the saved one that most of its parameters come from; None if none do.
+
+    Of two with equally many, the first.
+    """
+    where = {name: index for index, group in enumerate(groups) for name in group}
+    counts: list[Counter[int]] = [Counter() for _ in flat.param_groups]
     for slot in flat.slots():
-        pair = (where[slot.name], slot.bucket.group_index)
-        if pair not in seen:
-            seen.add(pair)
-            _check_kind(flat, reader, *pair)
+        if slot.name in matched:
+            counts[slot.bucket.group_index][where[matched[slot.name]]] += 1
+    return tuple(min(count, key=lambda index: (-count[index], index)) if count else None for count in counts)
 
 
-def _check_kind(flat: FlatOptimizer, reader: NativeZeroReader, saved_index: int, live_index: int) -> None:
+def _check_model(
+    flat: FlatOptimizer, reader: ZeroReader, names: ModelNames, matched: Mapping[str, str], strict: bool
+) -> None:
+    saved = {name: shape for group in reader.groups for name, shape in group.shapes.items()}
+    live = {matched.get(slot.name, slot.name): tuple(slot.param.shape) for slot in flat.slots()}
+    # A parameter that both know, but only one trains, is no other model.
+    everything = {name for aliases in names.live.values() for name in aliases}
+    wanted = {name: shape for name, shape in live.items() if name in saved or name not in names.saved}
+    held = {name: shape for name, shape in saved.items() if name in live or name not in everything}
+    clauses = differences(held, wanted, names=strict)
+    if clauses:
+        raise CheckpointError(
+            f"{reader.tag_dir} holds the optimizer state of another model. {_sentence(clauses)}. Nothing was loaded. Pass "
+            "load_optimizer_states=False to load the weights only"
+            + (", or load_module_strict=False to take what is known by name" if strict else "")
+        )
+
+
+def _sentence(clauses: Sequence[str]) -> str:
+    text = "; ".join(clauses)
+    return text[:1].upper() + text[1:]
+
+
+def _notes_on_names(
+    flat: FlatOptimizer, saved: Collection[str], names: ModelNames, matched: Mapping[str, str]
+) -> Iterator[str]:
+    fresh = [slot.name for slot in flat.slots() if slot.name not in matched]
+    if fresh:
+        yield f"parameters without optimizer state in the checkpoint, which start with a fresh one: {listed(fresh)}"
+    beside = {slot.bucket.index for slot in flat.slots() if slot.name in matched}
+    shared = [s.name for s in flat.slots() if s.name not in matched and s.bucket.index in beside]
+    if shared and flat.stage:
+        yield (
+            "the step count of these, for bias correction, is that of the parameters in the same parameter group (a group "
+            f"of their own gives them a count of their own): {listed(shared)}"
+        )
+    used = set(matched.values())
+    unused = [name for name in saved if name not in used]
+    if unused:
+        yield f"optimizer state in the checkpoint of parameters that are not trained here, left aside: {listed(unused)}"
+
+
+def _notes_on_groups(
+    flat: FlatOptimizer, reader: ZeroReader, matched: Mapping[str, str], groups: Sequence[int | None]
+) -> Iterator[str]:
+    where = {name: index for index, group in enumerate(reader.groups) for name in group.shapes}
+    for index, chosen in enumerate(groups):
+        if chosen is None:
+            continue
+        options = _options_of(reader.groups[chosen])
+        others = {
+            where[matched[s.name]] for s in flat.slots() if s.bucket.group_index == index and s.name in matched
+        } - {chosen}
+        different = sorted(other for other in others if _options_of(reader.groups[other]) != options)
+        if different:
+            yield (
+                f"the parameters of group {index} are from groups {sorted({chosen, *different})} of the checkpoint; it "
+                f"takes the options of group {chosen}, where most of them were: {options}"
+            )
+
+
+def _options_of(group: ZeroGroup) -> dict[str, Any]:
+    return {key: value for key, value in group.param_group.items() if key not in _IMPLEMENTATION_KEYS}
+
+
+def _targets(
+    flat: FlatOptimizer, bucket: Bucket, matched: Mapping[str, str], where: Mapping[str, int]
+) -> Iterator[_Target]:
+    masters = flat.master_of(bucket)
+    if flat.stage == 0:
+        for slot, master in zip(bucket.slots, masters, strict=True):
+            yield _target(master, [(slot, 0, 0, slot.numel)], matched, where)
+    else:
+        places = [(slot, *slot.overlap(flat.transport.rank)) for slot in bucket.slots]
+        yield _target(masters[0], places, matched, where)
+
+
+def _target(
+    tensor: torch.Tensor,
+    places: Sequence[tuple[Slot, int, int, int]],
+    matched: Mapping[str, str],
+    where: Mapping[str, int],
+) -> _Target:
+    """``places`` are ``(slot, first element in the parameter, place in the tensor, numel)``."""
+    spans: dict[int, list[Span]] = {}
+    numels: Counter[int] = Counter()
+    fresh = []
+    for slot, begin, at, numel in places:
+        source = matched.get(slot.name)
+        if source is None:
+            fresh.append((at, numel))
+            continue
+        # Whole parameters count, so that all ranks choose the same group.
+        numels[where[source]] += slot.numel
+        if numel:
+            spans.setdefault(where[source], []).append(Span(source, begin, 0, at, numel))
+    main = min(numels, key=lambda index: (-numels[index], index)) if numels else None
+    parts = {index: ShardLayout(1, (tensor.numel(),), tuple(found)) for index, found in spans.items()}
+    first = places[0][0]
+    name = matched.get(first.name, first.name)
+    return _Target(tensor, first.bucket.group_index, main, parts, name, tuple(fresh))
+
+
+def _check_kind(flat: FlatOptimizer, reader: ZeroReader, saved_index: int, live_index: int) -> None:
     saved, live = reader.groups[saved_index], flat.param_groups[live_index]
     template = _state_template(flat, live_index, saved.param_group)
     saved_keys = set(saved.state_keys)
-    if template is not None and (saved_keys or saved.state_scalars) and sum(saved.layout.buffer_numels):
+    if template is not None and (saved_keys or saved.state_scalars) and any(map(prod, saved.shapes.values())):
         wrong = saved_keys != {k for k, v in template.items() if _elementwise(v)}
         wrong = wrong or ("step" in template and _scalar_of(saved, "step") is None)
     else:
@@ -99,90 +294,99 @@ def _state_template(flat: FlatOptimizer, group_index: int, saved: dict[str, Any]
     return state if shapes <= {tuple(scrap.shape)} else None
 
 
-def load_into(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
+# -- the copies --------------------------------------------------------------------------------------------------------
+
+
+def load_planned(flat: FlatOptimizer, plan: LoadPlan) -> None:
     """Fills masters, optimizer state, group options and scaler from the files; reads this rank's ranges only.
 
-    Call :func:`check_matches` before. Not collective; the weights on other ranks follow with ``publish_weights``.
+    Takes no memory but that of the state itself. Not collective; the weights on other ranks follow with
+    ``publish_weights``.
     """
-    where = {name: index for index, group in enumerate(reader.groups) for name in group.shapes}
-    whole = flat.stage == 0
-    templates = [_template_after(flat, reader, where, index) for index in range(len(flat.param_groups))]
-    for bucket in flat.buckets:
-        layout = _bucket_layout(bucket, 1 if whole else flat.transport.world_size)
-        rank = 0 if whole else flat.transport.rank
-        reader.fill(None, MASTER, layout, rank, bucket.master.detach())
-        template = templates[bucket.group_index]
-        masters = flat.master_of(bucket)
-        for master in masters:
-            flat.optimizer.state.pop(master, None)
-        if whole and reader.zero_stage == 0:
-            for slot, master in zip(bucket.slots, masters, strict=True):
-                state = reader.whole_state(slot.name) or {}
-                _set_state(flat, master, state, template, reader.groups[where[slot.name]])
-            continue
-        group = reader.groups[where[bucket.slots[0].name]]
-        states: list[dict[str, Any]] = [dict(group.state_scalars) for _ in masters]
-        for key in group.state_keys:
-            values = torch.zeros(bucket.master.numel(), dtype=bucket.master.dtype, device=bucket.device)
-            reader.fill(None, key, layout, rank, values)
-            for state, value in zip(states, _per_master(flat, bucket, values), strict=True):
-                state[key] = value
-        for master, state in zip(masters, states, strict=True):
-            _set_state(flat, master, state, template, group)
-    _load_options(flat, reader, where)
-    _load_scaler(flat, reader)
+    for target in plan.targets:
+        _load_target(flat, plan, target)
+    for live, source in zip(flat.param_groups, plan.groups, strict=True):
+        # Into the live dicts, which clients and schedulers hold.
+        options = _options_of(plan.reader.groups[source]) if source is not None else {}
+        live.update({key: value for key, value in options.items() if key in live})
+    _load_scaler(flat, plan.reader)
     flat.overflow = False
 
 
-def _template_after(
-    flat: FlatOptimizer, reader: NativeZeroReader, where: dict[str, int], group_index: int
-) -> dict[str, Any] | None:
-    names = [slot.name for slot in flat.slots() if slot.bucket.group_index == group_index]
-    return _state_template(flat, group_index, reader.groups[where[names[0]]].param_group) if names else None
-
-
-def _set_state(
-    flat: FlatOptimizer, master: torch.Tensor, state: dict[str, Any], like: dict[str, Any] | None, saved: ZeroGroup
-) -> None:
-    """Gives a master its state, with the types that the optimizer itself uses (a step count may be int or tensor)."""
-    if not state:
+def _load_target(flat: FlatOptimizer, plan: LoadPlan, target: _Target) -> None:
+    reader, template = plan.reader, plan.templates[target.group]
+    values = target.tensor.detach().view(-1)
+    for layout in target.parts.values():
+        reader.fill(None, MASTER, layout, 0, values)
+    if target.main is None:
+        if template is not None:  # without one, the optimizer may rely on the state that its constructor made
+            flat.optimizer.state.pop(target.tensor, None)
         return
-    loaded: dict[str, Any] = {}
-    if "step" in (like or {}):
-        state = {"step": _scalar_of(saved, "step"), **state}
-    for key, value in state.items():
-        example = (like or {}).get(key)
+    # Before the new state is made, so that both are never there together.
+    flat.optimizer.state.pop(target.tensor, None)
+    saved = reader.groups[target.main]
+    whole = reader.whole_state(target.name) if flat.stage == 0 else None
+    if whole is not None:
+        # Views of the file, and of any shape.
+        scalars = {key: value for key, value in whole.items() if not _elementwise(value)}
+        tensors = {k: v.to(target.tensor.device, copy=True) for k, v in whole.items() if _elementwise(v)}
+    else:
+        scalars = dict(saved.state_scalars)
+        tensors = {key: _state_tensor(reader, target, key, template) for key in _keys(reader, target, saved)}
+    if scalars or tensors:
+        flat.optimizer.state[target.tensor] = _like(template, tensors, scalars, saved, target.tensor)
+
+
+def _keys(reader: ZeroReader, target: _Target, saved: ZeroGroup) -> list[str]:
+    """Element-wise state of any of the groups that a tensor comes from."""
+    return sorted({*saved.state_keys, *(key for index in target.parts for key in reader.groups[index].state_keys)})
+
+
+def _state_tensor(
+    reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None
+) -> torch.Tensor:
+    state = torch.zeros_like(target.tensor, memory_format=torch.contiguous_format)
+    flat = state.view(-1)
+    for index, layout in target.parts.items():
+        if key in reader.groups[index].state_keys:
+            reader.fill(None, key, layout, 0, flat)
+    start = (template or {}).get(key)
+    if _elementwise(start):
+        for begin, numel in target.fresh:
+            flat[begin : begin + numel].fill_(float(start.view(-1)[0]))  # type: ignore[union-attr]
+    return state
+
+
+def _like(
+    template: Mapping[str, Any] | None,
+    tensors: dict[str, torch.Tensor],
+    scalars: dict[str, Any],
+    saved: ZeroGroup,
+    master: torch.Tensor,
+) -> dict[str, Any]:
+    """A state with the types that the optimizer itself uses (a step count may be int or tensor)."""
+    like = template or {}
+    loaded: dict[str, Any] = dict(tensors)
+    if "step" in like:
+        scalars = {"step": _scalar_of(saved, "step"), **scalars}
+    for key, value in scalars.items():
+        example = like.get(key)
         if isinstance(example, torch.Tensor) and not example.dim():
             loaded[key] = torch.tensor(float(value), dtype=example.dtype)
         elif isinstance(example, (int, float)) and not isinstance(example, bool):
             loaded[key] = type(example)(value)
         elif isinstance(value, torch.Tensor):
-            # A copy: whole states come as views of the file.
-            loaded[key] = value.to(device=master.device if value.dim() else value.device, copy=True)
+            # A number for the tensor as a whole, or the element-wise state of a parameter without dimensions.
+            loaded[key] = value.to(master.device if _elementwise(example) else value.device, copy=True)
         else:
             loaded[key] = value
-    for key, example in (like or {}).items():
+    for key, example in like.items():
         if key not in loaded and _elementwise(example):
             loaded[key] = torch.zeros_like(master)  # parameters without elements have no state in the files
-    flat.optimizer.state[master] = loaded
+    return loaded
 
 
-def _per_master(flat: FlatOptimizer, bucket: Bucket, values: torch.Tensor) -> list[torch.Tensor]:
-    return [slot.view(values) for slot in bucket.slots] if flat.stage == 0 else [values]
-
-
-def _load_options(flat: FlatOptimizer, reader: NativeZeroReader, where: dict[str, int]) -> None:
-    """Learning rates and other options go into the live group dicts, which clients and schedulers hold."""
-    for index, live in enumerate(flat.param_groups):
-        names = [slot.name for b in flat.buckets if b.group_index == index for slot in b.slots]
-        if not names:
-            continue
-        for key, value in reader.groups[where[names[0]]].param_group.items():
-            if key in live and key not in _IMPLEMENTATION_KEYS:
-                live[key] = value
-
-
-def _load_scaler(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
+def _load_scaler(flat: FlatOptimizer, reader: ZeroReader) -> None:
     """A dynamic scale goes on where it was; a static one is the config's, whatever the files had."""
     common = reader.common
     if not flat.dynamic_loss_scale:
@@ -192,3 +396,16 @@ def _load_scaler(flat: FlatOptimizer, reader: NativeZeroReader) -> None:
         return
     saved = {**common, **(common.get("loss_scaler") or {})}
     flat.loss_scaler.load_state_dict({key: saved[key] for key in _SCALER_PROGRESS if key in saved})
+
+
+def follow_weights(flat: FlatOptimizer, names: Collection[str]) -> None:
+    """Makes the masters of the named parameters follow the model's weights. No communication."""
+    for slot in flat.slots():
+        bucket = slot.bucket
+        if slot.name not in names or bucket.full_precision:
+            continue
+        if flat.stage == 0:
+            slot.view(bucket.master).copy_(slot.view(bucket.weights))
+        else:
+            _, at, numel = slot.overlap(flat.transport.rank)
+            bucket.master[at : at + numel].copy_(bucket.own_weights[at : at + numel])

@@ -6,7 +6,7 @@ Masters and optimizer state are :mod:`deepspeed.runtime.optimizer_state`'s, file
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,20 +124,24 @@ def without_data(state: Mapping[str, Any], handles: Mapping[str, ParamHandle]) -
 
 
 def fragments(handles: Mapping[str, ParamHandle], names: Collection[str]) -> OrderedDict[str, torch.Tensor]:
-    """This rank's shards of the named parameters, on the CPU."""
-    return OrderedDict((name, handles[name].shard.detach().cpu().clone()) for name in names)
+    """This rank's shards of the named parameters, live."""
+    return OrderedDict((name, handles[name].shard.detach()) for name in names)
 
 
 # -- into the model ----------------------------------------------------------------------------------------------------
 
 
-def load_weights(module: torch.nn.Module, weights: PartitionedWeights, skip: Collection[str]) -> None:
-    """Fills the module's parameters that the checkpoint has, but for ``skip``; of partitioned ones this rank's shard.
+def load_weights(
+    names: Mapping[torch.nn.Parameter, Sequence[str]], weights: PartitionedWeights, skip: Collection[str]
+) -> None:
+    """Fills the parameters that the checkpoint has, by any of their names, but for ``skip``; of partitioned ones this
+    rank's shard.
 
     No communication: what is whole now is not refreshed.
     """
-    for name, param in module.named_parameters():
-        if name not in weights or name in skip:
+    for param, known in names.items():
+        name = next((name for name in known if name in weights), None)
+        if name is None or known[0] in skip:
             continue
         handle = handle_of(param)
         if handle is not None:

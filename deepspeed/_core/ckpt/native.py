@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.errors import CheckpointError
+from deepspeed.version import __version__
 
 __all__ = [
     "LATEST",
+    "NATIVE_FORMAT",
+    "check_format",
     "find_tag_dir",
     "model_states_name",
     "model_states_path",
@@ -33,6 +36,9 @@ __all__ = [
 StrPath = str | os.PathLike[str]
 
 LATEST = "latest"
+
+NATIVE_FORMAT = 1
+"""What files are marked with, as ``ds_format``, and the newest that this version reads. Files without it are older."""
 
 # The underscore before "optim" is missing in very old runs.
 _OPTIM_STATES = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -49,13 +55,13 @@ def optim_states_name(dp_rank: int, *, bf16: bool, mp_rank: int = 0) -> str:
     return f"{'bf16_' if bf16 else ''}zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}_optim_states.pt"
 
 
-def read_latest(checkpoint_dir: StrPath) -> str | None:
-    """The tag in ``<checkpoint_dir>/latest``; None when there is no such file.
+def read_latest(checkpoint_dir: StrPath, name: str = LATEST) -> str | None:
+    """The tag in ``<checkpoint_dir>/latest``, or in another file of its kind; None when there is no such file.
 
     Raises:
         CheckpointError: the file is empty or not text.
     """
-    path = Path(checkpoint_dir) / LATEST
+    path = Path(checkpoint_dir) / name
     try:
         tag = path.read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -132,6 +138,21 @@ def read_zero_group_shapes(model_state: Mapping[str, Any]) -> list[dict[str, tup
     if isinstance(groups, Mapping):
         groups = [groups]
     return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+
+
+def check_format(state: Mapping[str, Any], path: StrPath) -> None:
+    """Refuses what a later version wrote in a way that this one does not know.
+
+    Raises:
+        CheckpointError: names the version that wrote the file.
+    """
+    found = state.get("ds_format", NATIVE_FORMAT)
+    if not isinstance(found, int) or found > NATIVE_FORMAT:
+        writer = state.get("ds_version")
+        raise CheckpointError(
+            f"{path} has checkpoint format {found}, written by deepspeed {writer}; this version, {__version__}, reads "
+            f"formats up to {NATIVE_FORMAT}. Upgrade to deepspeed {writer} or later"
+        )
 
 
 def _tags_in(root: Path) -> str:

@@ -17,12 +17,17 @@ from typing import Any
 import torch
 
 from deepspeed._core.ckpt.io import FragmentAddress, InertObject, load_file
-from deepspeed._core.ckpt.native import model_states_path, optim_states_paths, read_zero_group_shapes
-from deepspeed._core.layout.reshard import reshard
+from deepspeed._core.ckpt.native import (
+    check_format,
+    model_states_path,
+    optim_states_paths,
+    read_zero_group_shapes,
+)
+from deepspeed._core.layout.reshard import Copy, reshard
 from deepspeed._core.layout.spans import ShardLayout, Span, numels_of
 from deepspeed.errors import CheckpointError
 
-__all__ = ["MASTER", "NativeZeroReader", "ZeroGroup"]
+__all__ = ["MASTER", "NativeZeroReader", "ZeroGroup", "ZeroReader", "common_entries"]
 
 MASTER = "fp32"
 """Key of the fp32 master weights, beside the optimizer's own state keys such as ``exp_avg``."""
@@ -49,14 +54,8 @@ class ZeroGroup:
     param_group: dict[str, Any]
 
 
-class NativeZeroReader:
-    """A native checkpoint folder of stage 0, 1, 2 or 3, opened for reading at any world size. Not collective.
-
-    Args:
-        tag_dir: the tag folder.
-        param_names: per group, the names of the trained parameters in optimizer order. Needed for stage 0 folders of
-            the reference, which store none; elsewhere the files' own names count.
-        mp_rank: model-parallel rank whose files to read.
+class ZeroReader:
+    """An opened checkpoint: its parameter groups, and where their elements are. Not collective.
 
     Attributes:
         tag_dir: the folder.
@@ -65,41 +64,25 @@ class NativeZeroReader:
         world_size: number of data-parallel ranks that saved it.
         groups: the parameter groups, in file order.
         common: what holds for the whole optimizer: ``loss_scaler`` (a dict), ``overflow``, ``clip_grad``, ...
-
-    Raises:
-        CheckpointError: files are missing, damaged or contradict each other.
     """
 
     def __init__(
-        self, tag_dir: str | os.PathLike[str], *, param_names: Sequence[Sequence[str]] | None = None, mp_rank: int = 0
+        self,
+        tag_dir: Path,
+        model_state: dict[str, Any],
+        *,
+        zero_stage: int,
+        world_size: int,
+        groups: tuple[ZeroGroup, ...],
+        common: dict[str, Any],
     ) -> None:
-        self.tag_dir = Path(tag_dir)
-        self._model_path = model_states_path(tag_dir, mp_rank)
-        self._whole_state: dict[str, dict[str, Any]] = {}
-        self.model_state: dict[str, Any] = load_file(self._model_path)
-        paths = optim_states_paths(tag_dir, mp_rank)
-        shapes = read_zero_group_shapes(self.model_state)
-        if paths:
-            states = _load_partitions(self.tag_dir, paths)
-            self.zero_stage = int(states[0]["zero_stage"])
-            self.world_size = len(states)
-            if shapes is None:
-                raise CheckpointError(f"{self._model_path} has no 'param_shapes', so its ZeRO files cannot be read")
-            build = _stage3_groups if self.zero_stage == 3 else _stage12_groups
-            self.groups = build(shapes, states, self.tag_dir)
-            self.common = _common(states[0])
-        else:
-            self._require_stage0()
-            self.zero_stage, self.world_size = 0, int(self.model_state.get("dp_world_size") or 1)
-            if shapes is None and param_names is None:
-                raise CheckpointError(
-                    f"{self._model_path} is a stage 0 file without parameter names; pass those of the optimizer"
-                )
-            names = [list(group) for group in (param_names if shapes is None else shapes) or ()]
-            self.groups, self._whole_state = _stage0_groups(names, self.model_state, self._model_path)
-            self.common = _common(self.model_state.get("optimizer") or {})
-        self._group_of = {name: index for index, group in enumerate(self.groups) for name in group.shapes}
-        self._plan: tuple[object, ...] = ()
+        self.tag_dir = tag_dir
+        self.model_state = model_state
+        self.zero_stage, self.world_size = zero_stage, world_size
+        self.groups, self.common = groups, common
+        self._group_of = {name: index for index, group in enumerate(groups) for name in group.shapes}
+        # By identity of the layout, which is kept, too: comparing layouts would take longer than planning.
+        self._plans: dict[tuple[int, int | None, int], tuple[ShardLayout, list[tuple[int, list[Copy]]]]] = {}
 
     def scalars(self, group: int) -> dict[str, Any]:
         """``{"state": ..., "param_group": ...}`` of a group, as in ``ZeroGroup``; see ``common`` for the rest."""
@@ -107,29 +90,7 @@ class NativeZeroReader:
 
     def whole_state(self, name: str) -> dict[str, Any] | None:
         """The optimizer's state of one parameter as it is in a stage 0 file, of any shapes; None in other folders."""
-        return self._whole_state.get(name, {}) if self.zero_stage == 0 else None
-
-    def require_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check that the checkpoint is of a model with exactly these trained parameters, in any order and grouping.
-
-        Raises:
-            CheckpointError: names the parameters that are missing, unexpected or of another shape.
-        """
-        saved = {name: shape for group in self.groups for name, shape in group.shapes.items()}
-        problems = [f"{n!r} is not in the checkpoint" for n in shapes if n not in saved]
-        problems += [f"{n!r} is in the checkpoint only" for n in saved if n not in shapes]
-        problems += [
-            f"{n!r} has shape {tuple(shapes[n])} in the model and {shape} in the checkpoint"
-            for n, shape in saved.items()
-            if n in shapes and tuple(shapes[n]) != shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(
-                f"{self.tag_dir} was saved from another model, or with other parameters frozen: "
-                + "; ".join(problems[:8])
-                + more
-            )
+        raise NotImplementedError
 
     def fill(self, group: int | None, key: str, layout: ShardLayout, rank: int, out: torch.Tensor) -> None:
         """Copy a rank's part of masters or optimizer state into its flat buffer.
@@ -168,10 +129,11 @@ class NativeZeroReader:
                     else:
                         target.copy_(held[copy.src_offset : copy.src_offset + copy.numel])
 
-    def _plan_for(self, group: int | None, layout: ShardLayout, rank: int) -> list[tuple[int, list[Any]]]:
-        """Copies by file group. The last plan is kept: masters and each state are filled by the same one."""
-        if self._plan and self._plan[0] is layout and self._plan[1:3] == (group, rank):
-            return self._plan[3]  # type: ignore[return-value]
+    def _plan_for(self, group: int | None, layout: ShardLayout, rank: int) -> list[tuple[int, list[Copy]]]:
+        """Copies by file group. Plans are kept: masters and each state are filled by the same one."""
+        key = id(layout), group, rank
+        if key in self._plans:
+            return self._plans[key][1]
         wanted: dict[int, list[Span]] = {}
         for span in layout.of_rank(rank):
             index = self._group_of.get(span.name)
@@ -179,47 +141,134 @@ class NativeZeroReader:
                 where = "the checkpoint" if group is None else f"group {group} of the checkpoint"
                 raise CheckpointError(f"{self.tag_dir}: parameter {span.name!r} is not in {where}")
             wanted.setdefault(index, []).append(span)
-        plan = []
+        plan: list[tuple[int, list[Copy]]] = []
         for index, spans in wanted.items():
             part = ShardLayout(layout.world_size, layout.buffer_numels, tuple(spans))
             try:
-                plan.append((index, reshard(self.groups[index].layout, part, rank)))
+                plan.append((index, _merged(reshard(self.groups[index].layout, part, rank))))
             except ValueError as error:
                 raise CheckpointError(f"{self.tag_dir} was saved from another model: {error}") from error
-        self._plan = (layout, group, rank, plan)
+        self._plans[key] = layout, plan
         return plan
 
-    def _require_stage0(self) -> None:
-        config = self.model_state.get("ds_config")
-        zero = (config.get("zero_optimization") if isinstance(config, Mapping) else None) or {}
-        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-        if isinstance(stage, int) and stage > 0:
-            raise CheckpointError(
-                f"{self.tag_dir} was saved with ZeRO stage {stage}, but no *_optim_states.pt file is there; "
-                "copy the whole folder, or load the module only"
-            )
+
+class NativeZeroReader(ZeroReader):
+    """A native checkpoint folder of stage 0, 1, 2 or 3, opened for reading at any world size. Not collective.
+
+    Args:
+        tag_dir: the tag folder.
+        param_names: per group, the names of the trained parameters in optimizer order. Needed for stage 0 folders of
+            the reference, which store none; elsewhere the files' own names count.
+        mp_rank: model-parallel rank whose files to read.
+
+    Raises:
+        CheckpointError: files are missing, damaged or contradict each other.
+    """
+
+    def __init__(
+        self, tag_dir: str | os.PathLike[str], *, param_names: Sequence[Sequence[str]] | None = None, mp_rank: int = 0
+    ) -> None:
+        folder = Path(tag_dir)
+        path = model_states_path(tag_dir, mp_rank)
+        self._whole_state: dict[str, dict[str, Any]] = {}
+        model_state: dict[str, Any] = load_file(path)
+        check_format(model_state, path)
+        paths = optim_states_paths(tag_dir, mp_rank)
+        shapes = read_zero_group_shapes(model_state)
+        if paths:
+            states = _load_partitions(folder, paths)
+            if shapes is None:
+                raise CheckpointError(f"{path} has no 'param_shapes', so its ZeRO files cannot be read")
+            zero_stage, world_size = int(states[0]["zero_stage"]), len(states)
+            groups = (_stage3_groups if zero_stage == 3 else _stage12_groups)(shapes, states, folder)
+            common = common_entries(states[0])
+        else:
+            _require_stage0(folder, model_state)
+            if shapes is None and param_names is None:
+                raise CheckpointError(f"{path} is a stage 0 file without parameter names; pass those of the optimizer")
+            names = [list(group) for group in (param_names if shapes is None else shapes) or ()]
+            zero_stage, world_size = 0, int(model_state.get("dp_world_size") or 1)
+            groups, self._whole_state = _stage0_groups(names, model_state, path)
+            common = common_entries(model_state.get("optimizer") or {})
+        super().__init__(
+            folder, model_state, zero_stage=zero_stage, world_size=world_size, groups=groups, common=common
+        )
+
+    def whole_state(self, name: str) -> dict[str, Any] | None:
+        """See :meth:`ZeroReader.whole_state`."""
+        return self._whole_state.get(name, {}) if self.zero_stage == 0 else None
+
+
+def _require_stage0(tag_dir: Path, model_state: Mapping[str, Any]) -> None:
+    config = model_state.get("ds_config")
+    zero = (config.get("zero_optimization") if isinstance(config, Mapping) else None) or {}
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    if isinstance(stage, int) and stage > 0:
+        raise CheckpointError(
+            f"{tag_dir} was saved with ZeRO stage {stage}, but no *_optim_states.pt file is there; "
+            "copy the whole folder, or load the module only"
+        )
+
+
+def _merged(copies: Sequence[Copy]) -> list[Copy]:
+    """Copies of different parameters that adjoin on both sides as one: many small parameters are read at once."""
+    merged: list[Copy] = []
+    for copy in copies:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and last.src_rank == copy.src_rank
+            and last.src_offset + last.numel == copy.src_offset
+            and last.dst_offset + last.numel == copy.dst_offset
+        ):
+            merged[-1] = last._replace(numel=last.numel + copy.numel)
+        else:
+            merged.append(copy)
+    return merged
 
 
 def _load_partitions(tag_dir: Path, paths: Mapping[int, Path]) -> list[dict[str, Any]]:
     """The inner state of every rank's optimizer file, after checking that they are one complete set."""
-    states: list[dict[str, Any]] = []
     first = next(iter(paths))
-    world_size = _partition_count(load_file(paths[first]), paths[first])
+    file = load_file(paths[first])
+    world_size = _partition_count(file, paths[first])
     missing = [rank for rank in range(world_size) if rank not in paths]
     if missing:
         raise CheckpointError(
             f"{tag_dir}: expected optimizer files of {world_size} ranks, but those of rank "
             f"{', '.join(map(str, missing))} are missing"
         )
-    for rank in range(world_size):  # files of higher ranks are left over from an earlier, larger run under this tag
-        file = load_file(paths[rank])
-        if _partition_count(file, paths[rank]) != world_size:
+    # Files of higher ranks are left over from an earlier, larger run under this tag.
+    files = [file if rank == first else load_file(paths[rank]) for rank in range(world_size)]
+    expected = None
+    for rank, file in enumerate(files):
+        path, count = paths[rank], _partition_count(file, paths[rank])
+        check_format(file, path)
+        if count != world_size:
             raise CheckpointError(
-                f"{paths[rank]} is of a run on {_partition_count(file, paths[rank])} ranks, {paths[first].name} of one "
-                f"on {world_size}: the folder mixes two saves"
+                f"{path} is of a run on {count} ranks, {paths[first].name} of one on {world_size}: the folder mixes two "
+                "saves"
             )
-        states.append(file["optimizer_state_dict"])
-    return states
+        marks = _marks(file["optimizer_state_dict"])
+        expected = marks if expected is None else expected
+        for key in marks.keys() & expected.keys():
+            if marks[key] != expected[key]:
+                raise CheckpointError(
+                    f"{path} has {key} {marks[key]}, {paths[0].name} has {expected[key]}: the folder mixes two saves"
+                )
+    return [file["optimizer_state_dict"] for file in files]
+
+
+def _marks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What all ranks of one save have in common."""
+    marks: dict[str, Any] = {"ZeRO stage": int(state["zero_stage"])}
+    inner = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    entries = inner.get("state") if isinstance(inner, Mapping) else None
+    for index, entry in entries.items() if isinstance(entries, Mapping) else ():
+        step = entry.get("step") if isinstance(entry, Mapping) else None
+        if isinstance(step, (int, float)) or (isinstance(step, torch.Tensor) and step.numel() == 1):
+            marks[f"a step count (of optimizer tensor {index})"] = float(step)
+    return marks
 
 
 def _partition_count(file: Any, path: Path) -> int:
@@ -230,7 +279,7 @@ def _partition_count(file: Any, path: Path) -> int:
     return int(max(count)) if isinstance(count, Sequence) else int(count)
 
 
-def _common(state: Mapping[str, Any]) -> dict[str, Any]:
+def common_entries(state: Mapping[str, Any]) -> dict[str, Any]:
     """Entries for the whole optimizer, the loss scaler as a dict."""
     scaler_keys = ("loss_scaler", "dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter")
     keys = (*scaler_keys, "overflow", "clip_grad", "ds_version")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from deepspeed._core.ckpt.io import load_file
-from deepspeed._core.ckpt.native import model_states_name, optim_states_paths
-from deepspeed._core.ckpt.reader import MASTER, NativeZeroReader
+from deepspeed._core.ckpt.native import check_format, model_states_name, optim_states_paths
+from deepspeed._core.ckpt.reader import MASTER, NativeZeroReader, ZeroReader
+from deepspeed._core.ckpt.universal import UniversalReader, is_universal
 from deepspeed._core.layout.spans import ShardLayout, Span
 from deepspeed.errors import CheckpointError
 
@@ -45,8 +46,12 @@ class PartitionedWeights:
     def __init__(self, tag_dir: str | os.PathLike[str], mp_rank: int = 0) -> None:
         self.tag_dir = Path(tag_dir)
         self._mp_rank = mp_rank
-        first = self._model_file(0)
-        self.reader = NativeZeroReader(tag_dir, mp_rank=mp_rank) if optim_states_paths(tag_dir, mp_rank) else None
+        self.reader: ZeroReader | None = None
+        if is_universal(tag_dir, mp_rank):
+            self.reader = UniversalReader(tag_dir, mp_rank=mp_rank)
+        elif optim_states_paths(tag_dir, mp_rank):
+            self.reader = NativeZeroReader(tag_dir, mp_rank=mp_rank)
+        first = self._first = self._model_file(0)
         if self.reader is None and first.get("param_shapes"):
             raise CheckpointError(
                 f"{self.tag_dir} was saved with ZeRO stage 3, which keeps trained weights in the optimizer files, but no "
@@ -77,7 +82,14 @@ class PartitionedWeights:
     def model_file(self, rank: int) -> tuple[Path, dict[str, Any]]:
         """The model file of a rank that saved; that of rank 0 for ranks that did not."""
         rank = rank if rank < self.world_size else 0
-        return self._path(rank), self._model_file(rank)
+        state = self._model_file(rank) if rank else self._first
+        for key in ("global_steps", "dp_world_size"):
+            if state.get(key) != self._first.get(key):
+                raise CheckpointError(
+                    f"{self._path(rank)} has {key} {state.get(key)}, {self._path(0).name} has {self._first.get(key)}: the "
+                    "folder mixes two saves"
+                )
+        return self._path(rank), state
 
     def fill(self, name: str, begin: int, out: torch.Tensor) -> None:
         """Copies elements ``[begin, begin + out.numel())`` of a parameter into ``out`` (1-D, any dtype and device).
@@ -111,9 +123,10 @@ class PartitionedWeights:
         return self.tag_dir / model_states_name(self._mp_rank, dp_rank=rank)
 
     def _model_file(self, rank: int) -> dict[str, Any]:
-        state = load_file(self._path(rank))
+        state = self.reader.model_state if self.reader is not None and not rank else load_file(self._path(rank))
         if not isinstance(state, dict) or not isinstance(state.get("module"), Mapping):
             raise CheckpointError(f"{self._path(rank)}: expected a dict with the model's entries under 'module'")
+        check_format(state, self._path(rank))
         return state
 
     def _read_fragments(
