@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .._core.slurm import expand_nodelist
 from ..errors import ConfigError
 
 __all__ = ["Rendezvous", "resolve_rendezvous"]
@@ -131,7 +132,7 @@ def _address(environment: Mapping[str, str], found: str, distributed_port: int) 
     if not 0 < given < 65536:  # ranks that look for rank 0 at such a port would wait until the timeout
         raise ConfigError(f"MASTER_PORT (or distributed_port) expects a port from 1 to 65535, got {given}")
     port = str(given)
-    address = environment.get("MASTER_ADDR")
+    address = environment.get("MASTER_ADDR") or _first_host_of_slurm(environment, found)
     if not address:
         if found != "the arguments" and not _mpi_on_one_host(environment, found):
             raise ConfigError(
@@ -140,6 +141,15 @@ def _address(environment: Mapping[str, str], found: str, distributed_port: int) 
             )
         address = "127.0.0.1"
     return {"MASTER_ADDR": address, "MASTER_PORT": port}
+
+
+def _first_host_of_slurm(environment: Mapping[str, str], found: str) -> str | None:
+    """Slurm puts task 0 on the first host of the step, and all of them know that list."""
+    listed = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not listed or found != "SLURM_PROCID":
+        return None
+    hosts = expand_nodelist(listed)
+    return "127.0.0.1" if len(hosts) == 1 else hosts[0]
 
 
 def _mpi_on_one_host(environment: Mapping[str, str], found: str) -> bool:

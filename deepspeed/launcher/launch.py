@@ -1,6 +1,6 @@
 """The per-node part of the launcher: ``python -m deepspeed.launcher.launch --world_info=... --node_rank=... script``.
 
-``deepspeed`` calls :func:`run_node` in its own process; a multi-node backend would start this module on each node.
+``deepspeed`` calls :func:`run_node` in its own process for this host, and starts this module on other hosts.
 """
 
 from __future__ import annotations
@@ -14,29 +14,42 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from .arguments import parse_node
-from .machine import count_cuda_devices, usable_cores
-from .plan import NodeJob, parse_core_list, plan_ranks
+from .machine import address_towards, count_cuda_devices, usable_cores
+from .plan import NodeJob, RankPlan, parse_core_list, plan_elastic_agent, plan_ranks
 from .resources import decode_world_info
 from .supervise import logger, run_ranks, set_up_logging
 
-__all__ = ["cores_to_bind", "main", "run_node"]
+__all__ = ["check_script", "cores_to_bind", "main", "run_node"]
+
+#: Least and largest number of nodes of an elastic job.
+Elastic = tuple[int, int]
 
 
-def run_node(job: NodeJob, *, log_folder: str = "None", pid_file_number: int = 0) -> int:
+def run_node(
+    job: NodeJob,
+    *,
+    log_folder: str = "None",
+    pid_file_number: int = 0,
+    leash: int | None = None,
+    elastic: Elastic | None = None,
+) -> int:
     """Runs the job's ranks on this host to their end; returns the exit code (see :func:`supervise.run_ranks`).
 
     Args:
         job: what to run.
         log_folder: where each rank's output goes; the text ``"None"`` (the flag's default) means the terminal.
         pid_file_number: if not 0, the ranks' pids are in ``<temp folder>/<number>.ds`` (commas between) while they run.
+        leash: file descriptor that ties the node to a launching side, see :mod:`supervise`.
+        elastic: run the node as an agent of an elastic job.
 
     Raises:
         ConfigError: the script or program does not exist, or the plan does not work out.
     """
-    _check_script(job)
-    plans = plan_ranks(job, os.environ)
+    check_script(job)
+    plans = plan_ranks(job, os.environ) if elastic is None else _plan_elastic(job, elastic)
+    slots, world = job.slots_by_node[job.node_rank], sum(map(len, job.slots_by_node))
     logger.info(
-        f"starting {len(plans)} rank(s) of {plans[0].environment['WORLD_SIZE']} on "
+        f"starting {len(slots)} rank(s) of {world} on "
         f"{'CUDA devices ' + plans[0].environment['CUDA_VISIBLE_DEVICES'] if job.cuda else 'CPU'}, "
         f"rendezvous {job.master_addr}:{job.master_port}"
     )
@@ -47,7 +60,7 @@ def run_node(job: NodeJob, *, log_folder: str = "None", pid_file_number: int = 0
             pid_file.write_text(",".join(map(str, pids)))
 
     try:
-        return run_ranks(plans, None if log_folder == "None" else Path(log_folder), note_pids)
+        return run_ranks(plans, None if log_folder == "None" else Path(log_folder), note_pids, leash)
     finally:
         if pid_file is not None:
             pid_file.unlink(missing_ok=True)
@@ -92,13 +105,30 @@ def main(args: Sequence[str] | None = None) -> int:
             cores=cores_to_bind(parsed.bind_core_list),
             bind_cores=parsed.bind_cores_to_rank,
         )
-        return run_node(job, log_folder=parsed.enable_each_rank_log, pid_file_number=parsed.save_pid)
+        low, high = parsed.min_elastic_nodes, parsed.max_elastic_nodes
+        return run_node(
+            job,
+            log_folder=parsed.enable_each_rank_log,
+            pid_file_number=parsed.save_pid,
+            leash=sys.stdin.fileno() if parsed.leashed else None,
+            elastic=(max(low, 1), high if high > 0 else len(pool)) if parsed.enable_elastic_training else None,
+        )
     except ConfigError as error:
         print(f"deepspeed: error: {error}", file=sys.stderr)
         return 2
 
 
-def _check_script(job: NodeJob) -> None:
+def _plan_elastic(job: NodeJob, elastic: Elastic) -> list[RankPlan]:
+    if job.bind_cores:
+        raise ConfigError(
+            "--bind_cores_to_rank and --elastic_training exclude each other: torch's agent starts the ranks"
+        )
+    own = job.master_addr if job.node_rank == 0 else address_towards(job.master_addr, job.master_port)
+    return [plan_elastic_agent(job, os.environ, own, *elastic)]
+
+
+def check_script(job: NodeJob) -> None:
+    """Raises ConfigError if the script or program does not exist here."""
     if job.no_python:
         if shutil.which(job.script) is None:
             raise ConfigError(f"--no_python: no program {job.script!r} is executable here or found on PATH")

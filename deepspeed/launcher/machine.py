@@ -8,9 +8,19 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import ConfigError
 from .plan import parse_environment_file
 
-__all__ = ["count_cuda_devices", "free_port", "is_this_host", "port_is_free", "read_environment_files", "usable_cores"]
+__all__ = [
+    "address_towards",
+    "count_cuda_devices",
+    "free_port",
+    "is_this_host",
+    "port_is_free",
+    "read_environment_files",
+    "usable_cores",
+    "without_launcher_variables",
+]
 
 #: Device files of NVIDIA, ROCm and WSL2 drivers.
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
@@ -44,6 +54,21 @@ def is_this_host(name: str) -> bool:
     """Whether the name is certainly this host's; asks no name server."""
     own = socket.gethostname()
     return name in ("localhost", "127.0.0.1", "::1", own, own.split(".")[0])
+
+
+def address_towards(host: str, port: int) -> str:
+    """This host's address on its way to another, from the routing table; nothing is sent.
+
+    Raises:
+        ConfigError: the name is unknown, or no way leads there.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(f"no way from this host to --master_addr {host}: {error}") from None
 
 
 def port_is_free(port: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..errors import ConfigError
 
-__all__ = ["NodeJob", "RankPlan", "parse_core_list", "parse_environment_file", "plan_ranks"]
+__all__ = ["NodeJob", "RankPlan", "parse_core_list", "parse_environment_file", "plan_elastic_agent", "plan_ranks"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class RankPlan:
     environment: dict[str, str]
     #: Cores to be bound to; ``None`` leaves the inherited ones.
     cores: list[int] | None
+    #: What to call it where it is not a rank.
+    title: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.title or f"rank {self.rank}"
 
 
 def plan_ranks(job: NodeJob, environment: Mapping[str, str]) -> list[RankPlan]:
@@ -88,6 +94,42 @@ def plan_ranks(job: NodeJob, environment: Mapping[str, str]) -> list[RankPlan]:
     ]
 
 
+def plan_elastic_agent(
+    job: NodeJob, environment: Mapping[str, str], own_address: str, min_nodes: int, max_nodes: int
+) -> RankPlan:
+    """One process: torch's elastic agent, which starts the node's ranks, and again when nodes come or go.
+
+    Node 0 holds the rendezvous. ``own_address`` is where the other nodes reach this one. Ranks get their place from the
+    agent; ``${local_rank}`` is its word for a rank's own number.
+    """
+    slots = job.slots_by_node[job.node_rank]
+    common = {**environment, **job.extra_environment}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"):
+        common.pop(name, None)  # true of no world that the agent will make
+    if job.cuda:
+        common["CUDA_VISIBLE_DEVICES"] = _visible_devices(slots, common.get("CUDA_VISIBLE_DEVICES"))
+    else:
+        common.setdefault("OMP_NUM_THREADS", str(max(1, len(job.cores) // len(slots))))
+    settings = f"is_host={'true' if job.node_rank == 0 else 'false'},last_call_timeout=5"
+    argv = [
+        *(sys.executable, "-u", "-m", "torch.distributed.run"),
+        f"--nnodes={min_nodes}:{max_nodes}",
+        f"--nproc_per_node={len(slots)}",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={job.master_addr}:{job.master_port}",
+        f"--rdzv_id=deepspeed-{job.master_port}",
+        f"--rdzv_conf={settings}",
+        f"--local_addr={own_address}",
+        "--max_restarts=100",
+        *(["--module"] if job.module else []),
+        *(["--no_python"] if job.no_python else []),
+        job.script,
+        *([] if job.no_local_rank else ["--local_rank=${local_rank}"]),
+        *job.script_args,
+    ]
+    return RankPlan(job.node_rank, 0, argv, common, None, title=f"elastic agent of node {job.node_rank}")
+
+
 def parse_core_list(text: str) -> list[int]:
     """``"1,3-5,7"`` to ``[1, 3, 4, 5, 7]``.
 
@@ -106,7 +148,9 @@ def parse_core_list(text: str) -> list[int]:
 
 
 def parse_environment_file(lines: Sequence[str], name: str) -> dict[str, str]:
-    """Reads lines ``VAR=VAL``, value as it stands; the last of repeated names counts, as clients append to the file.
+    """Reads lines ``VAR=VAL``; the last of repeated names counts, as clients append to the file.
+
+    A value stands as it is, but for a pair of quotes around all of it, which goes. Nothing in it is expanded.
 
     Raises:
         ConfigError: a line of another form. Empty lines and lines that begin with ``#`` are passed over.
@@ -119,7 +163,8 @@ def parse_environment_file(lines: Sequence[str], name: str) -> dict[str, str]:
         variable, equals, value = line.partition("=")
         if not equals or not variable or any(c.isspace() for c in variable):
             raise ConfigError(f"{name}:{number}: expected VAR=VAL, got {line!r}")
-        values[variable] = value
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+        values[variable] = value[1:-1] if quoted else value
     return values
 
 

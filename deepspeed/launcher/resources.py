@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import ConfigError
 
-__all__ = ["Pool", "apply_filters", "decode_world_info", "parse_filter", "parse_hostfile", "take"]
+__all__ = ["Pool", "apply_filters", "decode_world_info", "encode_world_info", "parse_filter", "parse_hostfile", "take"]
 
 #: Host name -> its slots, in the order of ranks.
 Pool = dict[str, list[int]]
@@ -34,6 +34,8 @@ def parse_hostfile(lines: Sequence[str], name: str = "hostfile") -> Pool:
         count = words[1].removeprefix("slots=") if len(words) == 2 and words[1].startswith("slots=") else ""
         if not count.isdecimal() or int(count) < 1:
             raise ConfigError(f"{name}:{number}: expected '<host> slots=<count>' with a count above 0, got {line!r}")
+        if words[0].startswith("-"):  # a remote shell would take it for an option
+            raise ConfigError(f"{name}:{number}: a host name cannot begin with '-', got {words[0]!r}")
         if words[0] in pool:
             raise ConfigError(
                 f"{name}:{number}: host {words[0]!r} is listed twice; give it one line with all its slots"
@@ -112,6 +114,11 @@ def take(pool: Mapping[str, Sequence[int]], num_nodes: int = -1, num_slots: int 
                 raise ConfigError(f"--num_gpus/--num_accelerators {num_slots}, but {host} has {len(slots)} slot(s)")
             taken[host] = slots[:num_slots]
     return taken
+
+
+def encode_world_info(pool: Mapping[str, Sequence[int]]) -> str:
+    """The text that :func:`decode_world_info` reads; of letters, digits, ``-``, ``_`` and ``=`` only."""
+    return base64.urlsafe_b64encode(json.dumps({host: list(slots) for host, slots in pool.items()}).encode()).decode()
 
 
 def decode_world_info(text: str) -> Pool:

@@ -55,7 +55,7 @@ def test_all_after_the_script_is_the_scripts():
     assert parsed.user_args == ["--num_gpus", "9", "--", "-q", "--deepspeed"]
 
 
-@pytest.mark.parametrize("flags", [["--num_gpu", "2"], ["--bogus"], ["--num_gpus", "two"], ["--launcher", "ssh"], []])
+@pytest.mark.parametrize("flags", [["--num_gpu", "2"], ["--bogus"], ["--num_gpus", "two"], ["--launcher", "rsh"], []])
 def test_unknown_flags_end_with_usage(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_runner([*flags, "train.py"] if flags else [])
@@ -63,20 +63,10 @@ def test_unknown_flags_end_with_usage(flags, capsys):
     assert "usage: deepspeed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--autotuning", "run"],
-        ["--elastic_training"],
-        ["--min_elastic_nodes", "1"],
-        ["--force_multi"],
-        ["--venv_script", "v"],
-        ["--node_rank", "1", "--no_ssh"],
-    ],
-)
-def test_what_is_not_there_yet_is_refused_by_name(flags):
-    with pytest.raises(MissingFeatureError, match=flags[0]):
-        check_runner(parse_runner([*flags, "train.py"]))
+@pytest.mark.parametrize("mode", ["tune", "run"])
+def test_what_is_not_there_yet_is_refused_by_name(mode):
+    with pytest.raises(MissingFeatureError, match=f"--autotuning {mode}: this version has no autotuner yet"):
+        check_runner(parse_runner(["--autotuning", mode, "train.py"]))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +77,14 @@ def test_what_is_not_there_yet_is_refused_by_name(flags):
         (["--master_port", "0"], "from 1 to 65535"),
         (["--include", "localhost:0", "--num_gpus", "1"], "name the resources already"),
         (["--exclude", "localhost:0", "--num_nodes", "1"], "name the resources already"),
+        (["--node_rank", "1"], "--node_rank 1 needs --no_ssh"),
+        (["--no_ssh", "--force_multi"], "give one of them"),
+        (["--launcher_args", "-o 'x"], '--launcher_args "-o \'x": No closing quotation'),
+        (["--min_elastic_nodes", "1"], "need --elastic_training"),
+        (["--max_elastic_nodes", "1"], "need --elastic_training"),
+        (["--elastic_training", "--launcher", "slurm"], "slurm ends the whole job with its first node"),
+        (["--elastic_training", "--min_elastic_nodes", "0"], "--min_elastic_nodes expects a number above 0, got 0"),
+        (["--elastic_training", "--min_elastic_nodes", "3", "--max_elastic_nodes", "2"], "2 is below"),
     ],
 )
 def test_contradictions(flags, message):
@@ -95,18 +93,18 @@ def test_contradictions(flags, message):
 
 
 def test_flags_without_effect_are_said():
-    parsed = parse_runner(["--launcher", "SLURM", "--ssh_port", "22", "train.py"])
+    parsed = parse_runner(["--launcher", "SLURM", "--ssh_port", "22", "--venv_script", "v", "train.py"])
     assert check_runner(parsed) == [
         "--launcher slurm has no effect on one node",
         "--ssh_port 22 has no effect on one node",
+        "--venv_script v has no effect on one node",
     ]
     assert check_runner(parse_runner(["--no_ssh_check", "train.py"])) == []
 
 
 # -- from flags to slots -----------------------------------------------------------------------------------------------
-def _slots(*flags, devices=0):
-    parsed = parse_runner([*flags, "train.py"])
-    return runner._slots(parsed, devices)
+def _pool(*flags, devices=0):
+    return runner._pool(parse_runner([*flags, "train.py"]), devices)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +123,7 @@ def _slots(*flags, devices=0):
     ],
 )
 def test_slots_of_this_host(flags, devices, slots):
-    assert _slots(*flags, devices=devices) == slots
+    assert _pool(*flags, devices=devices) == {"localhost": slots}
 
 
 @pytest.mark.parametrize(
@@ -142,18 +140,26 @@ def test_slots_of_this_host(flags, devices, slots):
 )
 def test_slots_that_are_not_there(flags, devices, message):
     with pytest.raises(ConfigError, match=message):
-        _slots(*flags, devices=devices)
+        _pool(*flags, devices=devices)
 
 
 def test_hostfile_with_several_hosts(tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("localhost slots=2\nworker-1 slots=2\n")
-    with pytest.raises(MissingFeatureError, match="localhost, worker-1"):
-        _slots("--hostfile", str(hostfile))
-    assert _slots("--hostfile", str(hostfile), "--include", "localhost:1") == [1]
-    assert _slots("--hostfile", str(hostfile), "--num_nodes", "1") == [0, 1]
-    with pytest.raises(MissingFeatureError, match="worker-1"):
-        _slots("--hostfile", str(hostfile), "--include", "worker-1")
+    assert _pool("--hostfile", str(hostfile)) == {"localhost": [0, 1], "worker-1": [0, 1]}
+    assert _pool("--hostfile", str(hostfile), "--include", "localhost:1") == {"localhost": [1]}
+    assert _pool("--hostfile", str(hostfile), "--num_nodes", "1") == {"localhost": [0, 1]}
+    assert _pool("--hostfile", str(hostfile), "--exclude", "localhost@worker-1:0") == {"worker-1": [1]}
+    with pytest.raises(ConfigError, match=f"{hostfile}:2: expected '<host> slots=<count>'"):
+        hostfile.write_text("localhost slots=2\nworker-1\n")
+        _pool("--hostfile", str(hostfile))
+
+
+def test_hosts_of_a_slurm_allocation(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[07-08]")
+    assert _pool("--launcher", "slurm", devices=2) == {"gpu07": [0, 1], "gpu08": [0, 1]}
+    assert _pool("--launcher", "slurm", "--num_gpus", "1", "--num_nodes", "1", devices=2) == {"gpu07": [0]}
+    assert _pool(devices=2) == {"localhost": [0, 1]}
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------

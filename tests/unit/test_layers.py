@@ -18,6 +18,7 @@ LAYERS = {
     "deepspeed._core.lazy": 0,
     "deepspeed._core.compat": 0,
     "deepspeed._core.pages": 0,
+    "deepspeed._core.slurm": 0,
     "deepspeed.utils.logging": 0,
     "deepspeed.accelerator": 0,
     "deepspeed.comm": 0,
