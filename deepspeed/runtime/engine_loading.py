@@ -202,13 +202,18 @@ def _open(engine: DeepSpeedEngine, folder: Path, what: LoadWhat) -> _Opened:
 def _check_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> None:
     if what.custom_load_fn is not None or _loads_itself(engine.module):
         return
-    saved, mine = _shapes(opened.entries()), _shapes(engine.module.state_dict())
+    saved, mine = _shapes(opened.entries()), _shapes(_names_of(engine))
     clauses = differences(saved, mine, names=what.strict)
     if clauses:
         raise CheckpointError(
             f"{opened.path} is of another model: {'; '.join(clauses)}. Nothing was loaded. Missing or extra names are "
             "tolerated with load_module_strict=False"
         )
+
+
+def _names_of(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The entries of the module's state dict, without copies of what is whole only now and then."""
+    return engine.module.state_dict(keep_vars=True)
 
 
 def _shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
@@ -219,7 +224,7 @@ def _notes_on_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -
     """What the caller has allowed to be missing or extra."""
     if what.strict or what.custom_load_fn is not None or _loads_itself(engine.module):
         return []
-    saved, mine = opened.entries(), engine.module.state_dict()
+    saved, mine = opened.entries(), _names_of(engine)
     missing, extra = [name for name in mine if name not in saved], [name for name in saved if name not in mine]
     notes = [f"not in the checkpoint, so left as they are: {listed(missing)}"] if missing else []
     return notes + ([f"in the checkpoint only, so left aside: {listed(extra)}"] if extra else [])

@@ -17,7 +17,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
-from tests.helpers.ckpt import ADAMW, Noisy, assert_same, build, config, snapshot, train
+from tests.helpers.ckpt import ADAMW, Noisy, assert_same, build, by_name, config, snapshot, train
 from tests.helpers.dist import run_ranks
 
 STAGES = (0, 1, 2)
@@ -84,18 +84,6 @@ def fresh_state(rank: int, world: int, folder: str) -> None:
 
 def test_checkpoint_before_the_first_step(tmp_path: Path) -> None:
     run_ranks(fresh_state, 2, str(tmp_path))
-
-
-def by_name(engine: Any) -> dict[str, torch.Tensor]:
-    """Masters and moments by parameter name, whatever the shards are. Collective."""
-    values = {}
-    for name, param in engine.module.named_parameters():
-        if param.requires_grad:
-            values[name] = safe_get_full_fp32_param(param).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                values[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key).clone()
-    values.update({f"module.{k}": v.clone() for k, v in engine.module.state_dict().items()})
-    return values
 
 
 def save_for_elsewhere(rank: int, world: int, folder: str, stage: int, dtype: str) -> dict[str, torch.Tensor]:

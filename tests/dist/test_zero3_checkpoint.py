@@ -26,7 +26,7 @@ from deepspeed.utils import (
 )
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
-from tests.helpers.ckpt import Noisy, assert_same, build, config, snapshot, train, whole
+from tests.helpers.ckpt import Noisy, assert_same, build, by_name, config, snapshot, train, whole
 from tests.helpers.dist import run_ranks
 from tests.helpers.fixture_model import FIXTURES
 
@@ -117,17 +117,6 @@ def test_checkpoint_before_the_first_step(tmp_path: Path) -> None:
 # -- elsewhere ---------------------------------------------------------------------------------------------------------
 
 
-def by_name(engine: Any) -> dict[str, torch.Tensor]:
-    """Masters, moments and weights by parameter name, whatever the shards are. Collective."""
-    values = {f"module.{name}": value for name, value in whole(engine.module).items()}
-    for name, param in engine.module.named_parameters():
-        if param.requires_grad:
-            values[name] = safe_get_full_fp32_param(param).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                values[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key).clone()
-    return values
-
-
 def save_somewhere(rank: int, world: int, folder: str, stage: int, dtype: str) -> dict[str, torch.Tensor]:
     engine = build(settings(dtype, stage=stage))
     train(engine, rank, 4, seed=1)
@@ -213,7 +202,7 @@ def layout(rank: int, world: int, folder: str, dtype: str, sub_group: int | None
     prefix = "bf16_" if dtype == "bf16" else ""
     optim = [f"{prefix}zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world)]
     model = [f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(world)]
-    assert sorted(os.listdir(tag)) == sorted(optim + model)
+    assert sorted(os.listdir(tag)) == sorted(["manifest.json", *optim, *model])
     assert sorted(os.listdir(folder)) == ["latest", "tag", "zero_to_fp32.py"]
 
     own = torch.load(tag / model[rank], weights_only=True)
@@ -305,7 +294,8 @@ def frozen_ties(rank: int, world: int, folder: str) -> None:
     engine.save_checkpoint(folder)
     values = whole(engine.module)
     assert sorted(os.listdir(f"{folder}/global_step0")) == [
-        f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(world)
+        "manifest.json",
+        *(f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(world)),
     ]
     other = build(made, seed=2, groups=False)
     assert not torch.equal(whole(other.module)["back.weight"], values["back.weight"])
@@ -343,7 +333,7 @@ def test_saving_again_under_a_tag_leaves_nothing_of_the_old_one(tmp_path: Path) 
         prefix = "bf16_" if dtype == "bf16" else ""
         wanted = {f"{prefix}zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world)} if stage else set()
         model = "zero_pp_rank_{}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-        assert names == wanted | {model.format(r) for r in range(world)}
+        assert names == wanted | {"manifest.json"} | {model.format(r) for r in range(world)}
 
 
 # -- what is loaded ----------------------------------------------------------------------------------------------------

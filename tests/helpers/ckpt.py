@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from tests.helpers.models import Tricky, batches
 
 
@@ -79,6 +79,17 @@ def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the values in the module's state dict, partitioned or not. Collective."""
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def by_name(engine: Any) -> dict[str, torch.Tensor]:
+    """Masters, moments and weights by parameter name, whatever the shards are. Collective."""
+    values = {f"module.{name}": value for name, value in whole(engine.module).items()}
+    for name, param in engine.module.named_parameters():
+        if param.requires_grad:
+            values[name] = safe_get_full_fp32_param(param).clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                values[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key).clone()
+    return values
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
