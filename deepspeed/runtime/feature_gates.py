@@ -56,7 +56,6 @@ GATES: tuple[Gate, ...] = (
     Gate("expert_parallel.enabled", "expert parallelism", _OFF),
     Gate("pipeline.*", "pipeline parallelism"),
     # Checkpoints
-    Gate("checkpoint.load_universal", "universal checkpoints", "Load the folder directly, at any number of ranks."),
     Gate("checkpoint.use_node_local_storage", "node-local checkpoints", "Save to storage that all nodes share."),
     Gate("checkpoint.parallel_write.pipeline_stage", "parallel writing", _OFF),
     Gate("checkpoint.checkpoint_serialization", "saving without serialisation"),

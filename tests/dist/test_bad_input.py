@@ -221,7 +221,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "file missing": ("nowhere/ds_config.json", "nowhere/ds_config.json"),
     "config of a wrong type": (["stage", 2], "list"),
     "no config": (None, "config"),
-    "feature that is off": ({**ZERO, "checkpoint": {"load_universal": True}}, "load_universal"),
+    "feature that is off": ({**ZERO, "sparse_gradients": True}, "sparse_gradients"),
     "two precisions": ({**ZERO, "fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16"),
     "unknown optimizer": ({**BASE, "optimizer": {"type": "AdamX"}}, "AdamX"),
     "unknown optimizer argument": ({**BASE, "optimizer": {"type": "AdamW", "params": {"rl": 1}}}, "rl"),

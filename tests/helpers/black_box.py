@@ -9,6 +9,7 @@ loaded, by rank) or ``error`` (tracebacks by rank). Ranks are forked, so that th
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
@@ -48,6 +49,13 @@ def train(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def what_failed() -> str:
+    """The exception that is being handled: its message, and functions on the way; no source, which is not ours to read."""
+    kind, error, at = sys.exc_info()
+    frames = [f"{frame.name} ({os.path.basename(frame.filename)})" for frame in traceback.extract_tb(at)]
+    return f"{' > '.join(frames)}: {kind.__name__ if kind else ''}: {error}"
+
+
 def run_rank(rank: int, job: dict[str, Any], folder: str) -> None:
     """In a process of its own, which ends here."""
     result: dict[str, Any] = {}
@@ -55,6 +63,7 @@ def run_rank(rank: int, job: dict[str, Any], folder: str) -> None:
         with open(f"{folder}/log{rank}", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         world = job["world"]
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
         store = f"file://{folder}/store"
@@ -62,13 +71,13 @@ def run_rank(rank: int, job: dict[str, Any], folder: str) -> None:
         deepspeed.init_distributed("gloo")
         result = {"rank": train(rank, job)}
     except BaseException:
-        result = {"error": traceback.format_exc()}
+        result = {"error": what_failed()}
     with open(f"{folder}/result{rank}", "w") as file:
         json.dump(result, file)
     os._exit("error" in result)
 
 
-def run_job(job: dict[str, Any], timeout_s: float = 120) -> dict[str, Any]:
+def run_job(job: dict[str, Any], timeout_s: float = 60) -> dict[str, Any]:
     """Forks the ranks and waits; when one has failed, the others have five seconds left."""
     folder = tempfile.mkdtemp(prefix="black-box-")
     pids: dict[int, int] = {}
@@ -87,6 +96,8 @@ def run_job(job: dict[str, Any], timeout_s: float = 120) -> dict[str, Any]:
                     deadline = min(deadline, time.monotonic() + 5) if status else deadline
             time.sleep(0.01)
         for pid in waiting.values():
+            os.kill(pid, signal.SIGUSR1)  # where it waits
+            time.sleep(0.5)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         results = []
