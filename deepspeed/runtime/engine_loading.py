@@ -101,16 +101,12 @@ def load(
         return find_tag_dir(load_dir, wanted)
 
     folder = together(locate)
-    found = gather(None if folder is None else folder.name)
-    if len(set(found)) > 1:
-        raise CheckpointError(
-            f"ranks would load different checkpoints: {dict(enumerate(found))} in {load_dir}. Give every rank the same "
-            "tag, and a folder that all of them see"
-        )
+    _require_same(None if folder is None else folder.name, load_dir)
     if folder is None:
         warning_once(f"{load_dir} has no '{LATEST}' file and no tag was given: nothing loaded")
         return None, None
     opened = together(lambda: _open(engine, folder, what))
+    _require_same(f"{folder.name} of {opened.state.get('global_steps')} steps", load_dir)
     flat, reader = engine._flat, opened.reader
     together(lambda: _check_module(engine, opened, what))
     names = _model_names(engine, opened)
@@ -138,6 +134,16 @@ def load(
     client_state = {key: value for key, value in opened.state.items() if key not in OWN_KEYS}
     # Clones, since the tensors are views of a file that may be removed.
     return str(opened.path), clone_tensors_for_torch_save(client_state)
+
+
+def _require_same(found: str | None, load_dir: str) -> None:
+    """Raises if ranks have found different things: other tags, or another content in folders of their own. Collective."""
+    every = gather(found)
+    if len(set(every)) > 1:
+        raise CheckpointError(
+            f"ranks would load different checkpoints: {dict(enumerate(every))} in {load_dir}. Give every rank the same "
+            "tag, and a folder that all of them see"
+        )
 
 
 def _tell(folder: Path, notes: list[str]) -> None:

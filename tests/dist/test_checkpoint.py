@@ -15,7 +15,6 @@ from deepspeed.errors import CheckpointError
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
 from tests.helpers.ckpt import ADAMW, Noisy, assert_same, build, by_name, config, snapshot, train
 from tests.helpers.dist import run_ranks

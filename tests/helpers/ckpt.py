@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -81,14 +82,22 @@ def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def by_name(engine: Any) -> dict[str, torch.Tensor]:
-    """Masters, moments and weights by parameter name, whatever the shards are. Collective."""
+def by_name(engine: Any, *, fresh: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """Masters, moments and weights by parameter name, whatever the shards are. Collective.
+
+    Of ``fresh`` parameters, moments that the optimizer has not made yet are zeros.
+    """
     values = {f"module.{name}": value for name, value in whole(engine.module).items()}
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
             values[name] = safe_get_full_fp32_param(param).clone()
             for key in ("exp_avg", "exp_avg_sq"):
-                values[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key).clone()
+                try:
+                    values[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key).clone()
+                except ValueError:  # on all ranks
+                    if name not in fresh:
+                        raise
+                    values[f"{name}.{key}"] = torch.zeros_like(values[name])
     return values
 
 
