@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import ConfigError, MissingFeatureError
 
@@ -33,7 +35,7 @@ _LAUNCHERS = ("pdsh", "ssh", *MPI_LAUNCHERS)
 
 def parse_runner(args: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses ``deepspeed [flags] script [script arguments]``; everything after the script belongs to it."""
-    parser = argparse.ArgumentParser(
+    parser = _RunnerParser(
         prog="deepspeed",
         allow_abbrev=False,
         description="Starts one process per accelerator (or per CPU rank) of a training script, here or on a cluster.",
@@ -80,7 +82,7 @@ def parse_runner(args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--venv_script", default=None, help="activation script that each host sources first; its 'python' is used")
     _add_logging(parser)
     _add_script(parser)
-    return parser.parse_args(args)
+    return parser.parse_args(parser.with_launcher_args_joined(sys.argv[1:] if args is None else args))
 
 
 def parse_node(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -185,6 +187,30 @@ def _check_elastic(parsed: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} expects a number above 0, got {number}")
     if high != -1 and high < max(low, 1):
         raise ConfigError(f"--max_elastic_nodes {high} is below --min_elastic_nodes {low}")
+
+
+class _RunnerParser(argparse.ArgumentParser):
+    """argparse takes ``--launcher_args "-i key"`` for a flag without its value and a flag ``-i``; this one does not."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._with_value: set[str] = set()
+        super().__init__(**kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        if action.nargs is None:
+            self._with_value.update(action.option_strings)
+        return action
+
+    def with_launcher_args_joined(self, args: Sequence[str]) -> list[str]:
+        """``["--launcher_args", x]`` before the script as ``["--launcher_args=x"]``."""
+        joined, at = [], 0
+        while at < len(args) and args[at].startswith("-"):
+            width = 2 if args[at] in self._with_value and at + 1 < len(args) else 1
+            words = list(args[at : at + width])
+            joined += ["=".join(words)] if words[0] == "--launcher_args" else words
+            at += width
+        return [*joined, *args[at:]]
 
 
 def _add_job(parser: argparse.ArgumentParser, address: str) -> None:

@@ -1,8 +1,8 @@
 """How other hosts are reached: one class a launcher, each turning a job into the commands that this host runs.
 
 ssh and pdsh start the per-node part on each host (:mod:`launch`); the MPI launchers and Slurm start each rank themselves
-(:mod:`launcher_helper`). Options are those of the tools' own manuals: ssh(1), pdsh(1), mpirun(1) of Open MPI, the Hydra guide
-of MPICH, Intel MPI's reference, srun(1).
+(:mod:`launcher_helper`). Options are those of the tools' manuals: ssh(1), pdsh(1), mpirun(1) of Open MPI, the Hydra guide of
+MPICH, Intel MPI's reference, srun(1).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from typing import IO, Any
 
 from ..errors import ConfigError
 from .backends import NodeCommand
-from .supervise import ANNOUNCEMENT, Ladder, SignalInbox, describe_end, exit_code, logger
+from .supervise import ANNOUNCEMENT, Ladder, SignalInbox, describe_end, exit_code, logger, tied_to_parent
 
 __all__ = ["NodeSupervisor", "Relay"]
 
 _SSH_FAILED = 255  # ssh(1): its own errors; a remote command's code is passed on
+#: What pdsh says of a host that is done and did not succeed; it goes on with the others, so this must be heard.
+_PDSH = re.compile(rb"pdsh@\S+: (\S+): (\S+) (?:exited with exit code|killed by signal) (\d+)\s*")
 
 
 class Relay:
@@ -44,11 +47,21 @@ class Relay:
                 with contextlib.suppress(ValueError):
                     news.append({"host": label.decode(errors="replace").strip(" :"), **json.loads(text)})
                     continue
+            if (said := _PDSH.fullmatch(line)) is not None:
+                news.append(_of_pdsh(said))
             out.append(self._prefix + line)
         if out:
             self._target.write(b"".join(out))
             self._target.flush()
         return news
+
+
+def _of_pdsh(said: re.Match[bytes]) -> dict[str, Any]:
+    host, program, number = (group.decode(errors="replace") for group in said.groups())
+    returned = -int(number) if b"killed by" in said[0] else int(number)
+    lost = returned < 0 or returned == _SSH_FAILED
+    who = f"lost or never reached: {program}" if lost else program
+    return {"host": host, "who": who, "code": exit_code(returned), "how": describe_end(returned)}
 
 
 class _Node:
@@ -64,6 +77,7 @@ class _Node:
                 stdout=piped,
                 stderr=piped,
                 start_new_session=True,  # a terminal's Ctrl-C is for this process alone, which passes it on
+                preexec_fn=tied_to_parent(number=signal.SIGTERM),
             )
         except OSError as error:
             raise ConfigError(f"{command.label} cannot be reached: {command.argv[0]}: {error}") from error
@@ -103,6 +117,7 @@ class NodeSupervisor:
         self._selector = selectors.DefaultSelector()
         self._code = 0
         self._nodes_left = sum(command.nodes for command in commands)
+        self._failed_hosts: set[str] = set()
         self._someone_succeeded = False
         #: Label -> exit code of the commands that failed by themselves.
         self.failures: dict[str, int] = {}
@@ -161,6 +176,9 @@ class NodeSupervisor:
     def _on_news(self, node: _Node, news: dict[str, Any]) -> None:
         node.announced = True
         host = news["host"] or node.command.label.removeprefix("node ")
+        if host in self._failed_hosts:
+            return  # pdsh reports the end of a node that announced its reason before
+        self._failed_hosts.add(host)
         self._nodes_left -= 1
         self._on_failure(node, f"node {host}: {news['who']} {news['how']}", int(news["code"]))
 

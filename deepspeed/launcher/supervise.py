@@ -42,6 +42,7 @@ __all__ = [
     "logger",
     "run_ranks",
     "set_up_logging",
+    "tied_to_parent",
 ]
 
 #: The launcher's own: deepspeed.utils.logging would load torch, which this process can do without.
@@ -323,7 +324,7 @@ def _start(plans: Sequence[RankPlan], ranks: list[_Rank], log_folder: Path | Non
                     stdout=stream,
                     stderr=None if stream is None else subprocess.STDOUT,
                     start_new_session=own_session,
-                    preexec_fn=_in_the_child(plan.cores),
+                    preexec_fn=tied_to_parent(plan.cores),
                 )
         except OSError as error:
             raise ConfigError(f"{plan.label} cannot be started ({' '.join(plan.argv[:3])} ...): {error}") from error
@@ -340,15 +341,20 @@ def _output(log: Path | None) -> Iterator[IO[bytes] | None]:
         yield stream
 
 
-def _in_the_child(cores: list[int] | None) -> Callable[[], None] | None:
-    """What runs between fork and exec. This process has one thread, so a fork leaves no lock behind."""
+def tied_to_parent(
+    cores: list[int] | None = None, number: signal.Signals = signal.SIGKILL
+) -> Callable[[], None] | None:
+    """What runs between fork and exec, so that the child gets the signal if this process dies, and its cores.
+
+    This process has one thread, so a fork leaves no lock behind.
+    """
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
     parent = os.getpid()
 
     def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
         if os.getppid() != parent:  # it died before the kernel knew
             os._exit(1)
         if cores is not None:

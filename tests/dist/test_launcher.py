@@ -10,88 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
 from deepspeed.launcher import launch, runner, supervise
-
-TIMEOUT_S = 30
-
-
-class Launcher:
-    """Forks this process to run ``deepspeed`` in a folder; its output lands in files there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._pids: list[int] = []
-
-    def script(self, name: str, text: str) -> str:
-        path = self.folder / name
-        path.write_text(textwrap.dedent(text))
-        return str(path)
-
-    def start(self, *args: str, main=runner.main, environment=None) -> int:
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            with contextlib.suppress(BaseException):
-                os.setsid()
-                os.chdir(self.folder)
-                os.environ.update(HOME=str(self.folder), **(environment or {}))
-                for name, fd in (("stdout", 1), ("stderr", 2)):
-                    stream = open(self.folder / name, "w")  # noqa: SIM115 (the child keeps it)
-                    os.dup2(stream.fileno(), fd)
-                    setattr(sys, name, stream)
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                try:
-                    code = main([*args])
-                except SystemExit as ended:
-                    code = ended.code
-                sys.stderr.flush()
-            os._exit(code)
-        self._pids.append(pid)
-        return pid
-
-    def wait(self, pid: int) -> int:
-        """Exit code of the launcher."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self._pids.remove(pid)
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
-        raise AssertionError(f"the launcher hangs; it said:\n{self.said}")
-
-    def run(self, *args: str, **kwargs) -> int:
-        return self.wait(self.start(*args, **kwargs))
-
-    @property
-    def said(self) -> str:
-        return (self.folder / "stderr").read_text()
-
-    @property
-    def printed(self) -> list[str]:
-        return sorted((self.folder / "stdout").read_text().splitlines())
-
-    def until(self, pattern: str, count: int) -> list[Path]:
-        """Waits until that many files exist (and are whole: scripts rename them into place)."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            found = sorted(self.folder.glob(pattern))
-            if len(found) >= count:
-                return found
-            time.sleep(0.005)
-        raise AssertionError(f"{count} x {pattern} did not appear; the launcher said:\n{self.said}")
-
-    def end(self) -> None:
-        for pid in self._pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+from tests.helpers.launcher import SLEEPER, TIMEOUT_S, Launcher, gone, wait_gone
 
 
 @pytest.fixture
@@ -99,32 +24,6 @@ def ds(tmp_path):
     launcher = Launcher(tmp_path)
     yield launcher
     launcher.end()
-
-
-#: Tells that the rank is ready, with its pid; then sleeps longer than any test takes.
-SLEEPER = """
-import os, time
-def ready(name=""):
-    rank = os.environ["RANK"]
-    with open(f"tmp{name}{rank}", "w") as file:
-        file.write(str(os.getpid()))
-    os.rename(f"tmp{name}{rank}", f"up{name}{rank}")
-"""
-
-
-def _gone(pid: int) -> bool:
-    """Whether the process has ended (a zombie that nobody waited for has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def _wait_gone(pids) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not all(map(_gone, pids)):
-        assert time.monotonic() < deadline, f"still there: {[pid for pid in pids if not _gone(pid)]}"
-        time.sleep(0.005)
 
 
 SHOW = """
@@ -215,7 +114,7 @@ def test_failing_rank_ends_the_job_with_its_code_and_traceback(ds):
     assert "RuntimeError: the reason" in ds.said and "in deep" in ds.said
     lines = [line for line in ds.said.splitlines() if "exited with" in line]
     assert len(lines) == 1 and "rank 1 (pid " in lines[0] and "code 7; stopping the other 2" in lines[0]
-    _wait_gone(int(path.read_text()) for path in ds.until("up*", 2))
+    wait_gone(int(path.read_text()) for path in ds.until("up*", 2))
 
 
 def test_rank_that_was_killed(ds):
@@ -229,7 +128,7 @@ def test_rank_that_ignores_sigterm_is_killed(ds, monkeypatch):
     stubborn = FAILING.replace("ready()\nif", "import signal; signal.signal(15, signal.SIG_IGN)\nready()\nif")
     assert ds.run("--num_gpus", "2", ds.script("fail.py", stubborn)) == 7
     assert "rank(s) 0 did not end; sending SIGKILL" in ds.said
-    _wait_gone([int((ds.folder / "up0").read_text())])
+    wait_gone([int((ds.folder / "up0").read_text())])
 
 
 def test_what_a_failed_or_stopped_rank_started_ends_too(ds):
@@ -249,7 +148,7 @@ time.sleep(600)
 """
     )
     assert ds.run("--num_gpus", "2", ds.script("parent.py", text)) == 3
-    _wait_gone(int(path.read_text()) for path in ds.until("child*", 2))
+    wait_gone(int(path.read_text()) for path in ds.until("child*", 2))
 
 
 HANDLING = (
@@ -276,7 +175,7 @@ def test_signals_reach_every_rank(ds, number, end):
     assert ds.wait(pid) == (128 + number if end else 0)
     assert len(list(ds.folder.glob(f"up-got{number}-[01]"))) == 2
     assert f"got {number.name}; passing it on to 2 rank(s)" in ds.said
-    _wait_gone(ranks)
+    wait_gone(ranks)
 
 
 def test_second_signal_does_not_wait(ds):
@@ -286,10 +185,10 @@ def test_second_signal_does_not_wait(ds):
     rank = int(ds.until("up0", 1)[0].read_text())
     os.kill(pid, signal.SIGTERM)
     ds.until("up-got0", 1)
-    assert not _gone(rank)
+    assert not gone(rank)
     os.kill(pid, signal.SIGTERM)
     assert ds.wait(pid) == 128 + signal.SIGTERM
-    assert _gone(rank) and "not waiting any longer" in ds.said
+    assert gone(rank) and "not waiting any longer" in ds.said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
@@ -298,7 +197,7 @@ def test_no_rank_outlives_a_killed_launcher(ds):
     ranks = [int(path.read_text()) for path in ds.until("up*", 2)]
     os.kill(pid, signal.SIGKILL)
     assert ds.wait(pid) == -signal.SIGKILL
-    _wait_gone(ranks)
+    wait_gone(ranks)
 
 
 def test_program_that_cannot_start_leaves_nothing_behind(ds):

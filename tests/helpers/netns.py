@@ -1,4 +1,4 @@
-"""Hosts of a small network on this machine: network namespaces with addresses of their own, reached by a stand-in for ssh."""
+"""Hosts of a small network on this machine: network namespaces with their own addresses, and a stand-in for ssh."""
 
 from __future__ import annotations
 

@@ -55,6 +55,14 @@ def test_all_after_the_script_is_the_scripts():
     assert parsed.user_args == ["--num_gpus", "9", "--", "-q", "--deepspeed"]
 
 
+@pytest.mark.parametrize("text", ["-i key", "--cpus-per-task=8", "-o 'A b' -v", ""])
+def test_launcher_args_may_begin_with_a_dash(text):
+    script = ["-q", "train.py", "--launcher_args", "-i x"]
+    parsed = parse_runner(["--launcher", "ssh", "--launcher_args", text, *script])
+    assert (parsed.launcher_args, parsed.quiet, parsed.user_args) == (text, True, script[2:])
+    assert parse_runner([f"--launcher_args={text}", *script]).launcher_args == text
+
+
 @pytest.mark.parametrize("flags", [["--num_gpu", "2"], ["--bogus"], ["--num_gpus", "two"], ["--launcher", "rsh"], []])
 def test_unknown_flags_end_with_usage(flags, capsys):
     with pytest.raises(SystemExit) as ended:
