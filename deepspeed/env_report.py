@@ -10,6 +10,7 @@ import importlib.metadata
 import mmap
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ import torch
 
 from deepspeed.accelerator import CPU_Accelerator, DeepSpeedAccelerator, get_accelerator
 from deepspeed.errors import ConfigError
+from deepspeed.launcher.arguments import DEFAULT_HOSTFILE
+from deepspeed.launcher.resources import parse_hostfile
 from deepspeed.ops import __compatible_ops__ as known_ops
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -47,6 +50,13 @@ _OPTIONAL = {
     "transformers": "Trainer",
     "accelerate": "Accelerator",
 }
+#: Programs that reach other hosts, with the --launcher that uses them.
+_LAUNCHERS = {
+    "pdsh": "--launcher pdsh, the default",
+    "ssh": "--launcher ssh, and the default where pdsh is missing",
+    "mpirun": "--launcher openmpi, mpich, impi or mvapich",
+    "srun": "--launcher slurm",
+}
 
 
 def report(hide_operator_status: bool = False, hide_errors_and_warnings: bool = False) -> str:
@@ -61,6 +71,8 @@ def report(hide_operator_status: bool = False, hide_errors_and_warnings: bool = 
         lines += [f" [WARNING]  {problem}" for problem in problems]
     lines += ["-" * _WIDTH, "DeepSpeed general environment info:"]
     lines += [_dotted(name, value) for name, value in _environment(accelerator)]
+    lines += ["-" * _WIDTH, "Launching on several hosts:"]
+    lines += [_dotted(name, value) for name, value in _cluster()]
     return "\n".join(lines)
 
 
@@ -205,6 +217,52 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+# -- cluster -----------------------------------------------------------------------------------------------------------
+def _cluster() -> Iterator[tuple[str, str]]:
+    for program, use in _LAUNCHERS.items():
+        yield program, f"{shutil.which(program) or 'not found'} ({use})"
+    yield f"hostfile {DEFAULT_HOSTFILE}", _hostfile(Path(DEFAULT_HOSTFILE))
+    yield "host name", f"{socket.gethostname()}, which is {_own_address()}"
+    for name, addresses in _interfaces():
+        yield f"interface {name}", addresses
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        yield name, os.environ.get(name, "not set (the library chooses)")
+
+
+def _hostfile(path: Path) -> str:
+    if not path.is_file():
+        return "none (--hostfile names another)"
+    try:
+        pool = parse_hostfile(path.read_text(encoding="utf-8").splitlines(), str(path))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        return f"[WARNING] {error}"
+    return f"{len(pool)} host(s), {sum(map(len, pool.values()))} slots: {', '.join(pool)}"
+
+
+def _own_address() -> str:
+    """gloo meets its peers at this address unless an interface is named; a loopback one is for this host alone."""
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "an unknown name: set GLOO_SOCKET_IFNAME for jobs on several hosts"
+    if address.startswith("127."):
+        return f"{address}, this host alone: set GLOO_SOCKET_IFNAME for jobs on several hosts"
+    return address
+
+
+def _interfaces() -> list[tuple[str, str]]:
+    """Network interfaces that are up and have an address of the internet kind."""
+    import psutil  # noqa: PLC0415 (36 ms, and asked for by reports only)
+
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = []
+    for name, entries in psutil.net_if_addrs().items():
+        addresses = [e.address.split("%")[0] for e in entries if e.family in (socket.AF_INET, socket.AF_INET6)]
+        if name in up and addresses:
+            found.append((name, ", ".join(addresses)))
+    return found
 
 
 def _git(package: Path) -> str:

@@ -68,6 +68,38 @@ def test_flags(capsys):
     assert "[WARNING]" not in (text := capsys.readouterr().out) and "op name" in text
 
 
+def test_what_a_cluster_needs(monkeypatch, tmp_path):
+    hosts = tmp_path / "hosts"
+    monkeypatch.setattr(env_report, "DEFAULT_HOSTFILE", str(hosts))
+    monkeypatch.setattr(env_report.shutil, "which", {"ssh": "/usr/bin/ssh"}.get)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+
+    def rows():
+        lines = env_report.report(hide_operator_status=True).split("Launching on several hosts:\n")[1].splitlines()
+        return dict(line.split(" .", 1) for line in lines)
+
+    found = {name: value.lstrip(". ") for name, value in rows().items()}
+    assert found["ssh"].startswith("/usr/bin/ssh (--launcher ssh")
+    assert all(found[name].startswith("not found (--launcher") for name in ("pdsh", "mpirun", "srun"))
+    assert found[f"hostfile {hosts}"].startswith("none")
+    assert "127.0.0.1" in found["interface lo"]
+    assert found["GLOO_SOCKET_IFNAME"] == "eth7" and found["NCCL_SOCKET_IFNAME"].startswith("not set")
+    hosts.write_text("a slots=2\nb slots=1\n")
+    assert rows()[f"hostfile {hosts}"].endswith("2 host(s), 3 slots: a, b")
+    hosts.write_text("a\n")
+    assert f"[WARNING] {hosts}:1: expected" in rows()[f"hostfile {hosts}"]
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("10.0.0.7", "which is 10.0.0.7"), ("127.0.1.1", "127.0.1.1, this host alone: set GLOO_SOCKET_IFNAME")],
+)
+def test_own_address(monkeypatch, address, said):
+    monkeypatch.setattr(env_report.socket, "gethostbyname", lambda name: address)
+    assert said in env_report.report(hide_operator_status=True)
+
+
 def test_the_probe_of_the_folder_leaves_nothing_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "file I/O" in env_report.report(hide_operator_status=True)
