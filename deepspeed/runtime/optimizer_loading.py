@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from deepspeed._core.ckpt.compare import differences, listed
-from deepspeed._core.ckpt.reader import MASTER, ZeroReader, ZeroGroup
+from deepspeed._core.ckpt.reader import MASTER, ZeroGroup, ZeroReader
 from deepspeed._core.layout.spans import ShardLayout, Span
 from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed.errors import CheckpointError
@@ -342,9 +342,7 @@ def _keys(reader: ZeroReader, target: _Target, saved: ZeroGroup) -> list[str]:
     return sorted({*saved.state_keys, *(key for index in target.parts for key in reader.groups[index].state_keys)})
 
 
-def _state_tensor(
-    reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None
-) -> torch.Tensor:
+def _state_tensor(reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None) -> torch.Tensor:
     state = torch.zeros_like(target.tensor, memory_format=torch.contiguous_format)
     flat = state.view(-1)
     for index, layout in target.parts.items():
