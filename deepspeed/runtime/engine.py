@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.save import Saver
 from deepspeed.comm import doctor
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
-from deepspeed.runtime import engine_loading, engine_saving, engine_setup
+from deepspeed.runtime import engine_loading, engine_saving, engine_setup, export
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_getters import ConfigGetters
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
@@ -71,6 +72,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.collate_fn = collate_fn
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self.loaded_checkpoint_tag: str | None = None
+        self._saver = Saver()
         self._boundary: bool | None = None
         self._accumulate_only = False
         self._step_applied = False
@@ -364,6 +366,34 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
     save_fp16_model = save_16bit_model
 
+    def export_safetensors(
+        self,
+        save_dir: str,
+        dtype: torch.dtype | str | None = None,
+        max_shard_size: int | str | None = "5GB",
+        exclude_frozen_parameters: bool = False,
+    ) -> list[str]:
+        """Writes the weights as Hugging Face-style safetensors, each rank some of the files. Collective.
+
+        Put ``config.json`` beside them, and ``from_pretrained`` loads the folder. An earlier export there is replaced. A
+        rank needs memory for one parameter at most.
+
+        Args:
+            save_dir: a folder that all ranks see.
+            dtype: of floating-point parameters: fp32, bf16 or fp16. None is the model's; others come from the fp32
+                masters. Buffers keep theirs.
+            max_shard_size: largest file in bytes, such as "5GB"; None writes one file.
+            exclude_frozen_parameters: leave out parameters that need no gradient.
+
+        Returns:
+            Names of the weight files. Tied weights are stored once, under their first name.
+
+        Raises:
+            ValueError, OSError: on all ranks, and the folder keeps an earlier export: a parameter has no values, a
+                rank cannot write, or values do not fit float16.
+        """
+        return export.export_safetensors(self, save_dir, dtype, max_shard_size, exclude_frozen_parameters)
+
     def save_checkpoint(
         self,
         save_dir: str,
@@ -374,7 +404,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     ) -> bool:
         """Writes ``save_dir/tag`` (default ``global_step<N>``) and points ``latest`` at it. Collective.
 
-        ``client_state`` holds plain values and tensors; :meth:`load_checkpoint` gives them back. True when saved.
+        ``client_state`` holds plain values and tensors; :meth:`load_checkpoint` gives them back. True when saved; with
+        ``checkpoint.async_save``, when it has begun, and errors are raised by the next save, load or :meth:`destroy`.
         """
         return engine_saving.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
@@ -393,6 +424,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         ``(None, None)`` if there is no ``latest``; a ``CheckpointError`` on every rank, and an unchanged engine, if
         the checkpoint is damaged or of another model.
         """
+        engine_saving.settle(self)
         what = engine_loading.LoadWhat(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
@@ -420,7 +452,19 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.module.compile(backend=backend, **(compile_kwargs or {}))
 
     def destroy(self) -> None:
-        """Removes hooks and frees gradient buffers; the module keeps its weights. Idempotent."""
+        """Waits for a checkpoint that is being saved, removes hooks and frees gradient buffers. Idempotent.
+
+        The module keeps its weights.
+
+        Raises:
+            CheckpointError: the checkpoint that was being saved in the background was not.
+        """
+        try:
+            self._saver.settle()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         if self._flat is not None:
             self._flat.destroy()
         if self._offload is not None:

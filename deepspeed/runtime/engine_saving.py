@@ -7,26 +7,27 @@ this package. Every file appears complete or not at all. An error on one rank is
 
 from __future__ import annotations
 
-import io
+import copy
 import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from deepspeed import comm as dist
-from deepspeed._core.ckpt.io import StagedFile, atomic_save, atomic_write_text, refused_names, stage_save
-from deepspeed._core.ckpt.native import (
-    LATEST,
-    model_states_name,
-    optim_states_name,
-)
+from deepspeed._core.ckpt.archive import Archive
+from deepspeed._core.ckpt.io import atomic_save, refused
+from deepspeed._core.ckpt.manifest import Manifest
+from deepspeed._core.ckpt.native import model_states_name, optim_states_name
+from deepspeed._core.ckpt.save import SaveJob, WriterOptions
+from deepspeed._core.ckpt.staging import Staging
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.comm import doctor
 from deepspeed.runtime import optimizer_state, partitioned_state
+from deepspeed.runtime.config_sections.checkpoint import CheckpointWriterConfig
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, rng_state, together
 from deepspeed.runtime.zero.module_state import named_handles
 from deepspeed.utils.logging import log_dist
@@ -35,11 +36,7 @@ from deepspeed.version import __version__
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-__all__ = ["consolidated", "save", "save_weights"]
-
-T = TypeVar("T")
-
-_SCRIPT = "zero_to_fp32.py"
+__all__ = ["consolidated", "save", "save_weights", "settle"]
 
 
 def save(
@@ -52,74 +49,131 @@ def save(
 ) -> bool:
     """See ``DeepSpeedEngine.save_checkpoint``.
 
-    Every rank first writes under temporary names. Only when all have succeeded do the files get theirs, and ``latest``
-    is written after that.
+    Every rank writes into a hidden folder; only when all have succeeded does it become ``save_dir/tag``, and ``latest`` is
+    written after that. With ``checkpoint.async_save`` all of that happens in a thread, and here the plain values are
+    taken down and tensors only noted: what is not written when training changes them is copied then.
     """
+    settle(engine)
     chosen = str(tag) if tag is not None else f"global_step{engine.global_steps}"
-    folder = Path(save_dir) / chosen
-
     together(lambda: _check_names(chosen, client_state))
     _validate_tag(engine, chosen)
-    together(lambda: folder.mkdir(parents=True, exist_ok=True))
+    settings = engine._config.document.checkpoint
+    background = bool(settings.async_save)
     flat = engine._flat
     if flat is not None:
         flat.settle_weights()
-    partition = optimizer_state.partition_state(flat) if flat is not None and flat.stage > 0 else None
+    world, exchange = _groups(engine)
     rng = gather(rng_state(engine))
+    files = together(lambda: _archives(engine, exclude_frozen, rng, client_state, exchange, background))
+    staging, members = _stage(engine, Path(save_dir), chosen)
+    job = SaveJob(
+        staging=staging,
+        files=files,
+        facts=Manifest(
+            chosen, 0.0, engine.global_steps, flat.stage if flat is not None else 0, dist.get_world_size(), __version__
+        ),
+        members=members,
+        latest=save_latest and 0 in members,  # of ranks with tags of their own, the first decides
+        keep_last=settings.keep_last,
+        script=_script(),
+        group=world,
+        options=_writer_options(settings.writer),
+    )
+    doctor.now.phase = "save_checkpoint"  # for the hang doctor: who waits here waits for a file
+    engine._saver.run(job, background=background, then=lambda: log_dist(f"saved checkpoint {staging.target}"))
+    return True
+
+
+def _writer_options(writer: CheckpointWriterConfig | None) -> WriterOptions:
+    if writer is None:
+        return WriterOptions()
+    return WriterOptions(writer.io_buffer_size, 2 if writer.io_buffer_double else 1)
+
+
+def settle(engine: DeepSpeedEngine) -> None:
+    """Waits for a save that is still being written; if it failed, the error is raised on all ranks. Collective."""
+    together(engine._saver.settle)
+
+
+def _groups(
+    engine: DeepSpeedEngine,
+) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
+    """All ranks, and those that share optimizer state, as groups for saving only. The first call is collective."""
+    if engine._saver.groups is None:
+        world = dist.get_world_size()
+        everyone: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        sharing = everyone
+        if world > 1 and engine.dp_world_size < world:
+            found = gather(torch.distributed.get_process_group_ranks(engine.dp_process_group))
+            for ranks in sorted({tuple(ranks) for ranks in found}):
+                group: Any = torch.distributed.new_group(list(ranks), backend="gloo")
+                if dist.get_rank() in ranks:
+                    sharing = group if len(ranks) > 1 else None
+        engine._saver.groups = everyone, sharing
+    return engine._saver.groups
+
+
+def _stage(engine: DeepSpeedEngine, root: Path, tag: str) -> tuple[Staging, list[int]]:
+    """The hidden folder for this save, and the ranks that share it. Collective.
+
+    All ranks share one, unless they were given different tags.
+    """
+    proposed = Staging(root, tag)
+    votes = gather((tag, proposed.name))
+    members = [rank for rank, (other, _) in enumerate(votes) if other == tag]
+    leader = members[0]
+    staging = Staging(root, tag, votes[leader][1])
+    together(staging.create if dist.get_rank() == leader else lambda: None)
+    try:
+        together(staging.require)
+    except BaseException:
+        if dist.get_rank() == leader:
+            staging.discard()
+        raise
+    return staging, members
+
+
+def _archives(
+    engine: DeepSpeedEngine,
+    exclude_frozen: bool,
+    rng: list[Any],
+    client_state: dict[str, Any],
+    exchange: torch.distributed.ProcessGroup | None,
+    background: bool,
+) -> list[tuple[str, Archive]]:
+    """This rank's files: names and content. Refuses content that could not be loaded again, before anything is written."""
+    flat = engine._flat
     rank, _, writes = partitioned_state.shard_rank(engine)
     first = dist.get_rank(engine.dp_process_group) == 0
-    staged: list[StagedFile] = []
-
-    def write() -> None:
-        if writes and (first or engine._offload is not None):
-            state = {**_model_state(engine, exclude_frozen), RNG: rng, **client_state}
-            staged.append(stage_save(state, folder / _model_name(engine, rank)))
-            if refused_names(staged[-1].scratch):
-                _refuse_objects(state)
-        if writes and partition is not None:
-            content = {"optimizer_state_dict": partition, "ds_config": _plain_config(engine), "ds_version": __version__}
-            staged.append(stage_save(content, folder / _optim_name(engine, rank)))
-            if refused_names(staged[-1].scratch):
-                _refuse_objects({"optimizer": partition})
-
-    try:
-        together(write)
-    except BaseException:
-        for file in staged:
-            file.discard()
-        with suppress(OSError):  # it goes only if it is empty, and so was made for this save
-            folder.rmdir()
-        raise
-
-    def publish() -> None:
-        for file in staged:
-            file.commit()
-        if first:
-            _remove_stale(engine, folder)
-            _copy_script(Path(save_dir))
-
-    together(publish)
-    together(lambda: atomic_write_text(Path(save_dir) / LATEST, chosen) if first and save_latest else None)
-    log_dist(f"saved checkpoint {folder}")
-    return True
+    files: list[tuple[str, Archive]] = []
+    if writes and (first or engine._offload is not None):
+        kept = clone_tensors_for_torch_save(client_state) if background else client_state
+        state = {**_model_state(engine, exclude_frozen, background), RNG: rng, **kept}
+        files.append((_model_name(engine, rank), Archive(state)))
+        if refused(files[-1][1].foreign_names()):
+            _refuse_objects(state)
+    if writes and flat is not None and flat.stage > 0:
+        partition = optimizer_state.partition_state(flat, exchange)
+        content = {"optimizer_state_dict": partition, "ds_config": _plain_config(engine), "ds_version": __version__}
+        files.append((_optim_name(engine, rank), Archive(content)))
+        if refused(files[-1][1].foreign_names()):
+            _refuse_objects({"optimizer": partition})
+    return files
 
 
 def _check_names(tag: str, client_state: Mapping[str, Any]) -> None:
     taken = OWN_KEYS & set(client_state)
     if taken:
         raise ValueError(f"client_state uses keys that the checkpoint itself needs: {sorted(taken)}; rename them")
-    if not tag or Path(tag).name != tag or tag == "..":
-        raise ValueError(f"tag {tag!r} cannot be a folder name")
+    if not tag or Path(tag).name != tag or tag.startswith("."):
+        raise ValueError(f"tag {tag!r} cannot be a folder name; it must be one path component that begins with no dot")
 
 
 def _refuse_objects(state: Mapping[str, Any]) -> None:
     """Raises for values that would be written but never loaded again, naming the entries that hold them."""
     culprits = []
     for key, value in state.items():
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        buffer.seek(0)
-        names = refused_names(buffer)
+        names = refused(Archive(value).foreign_names())
         if names:
             culprits.append(f"{key!r} holds {', '.join(names)}")
     raise ValueError(
@@ -148,16 +202,21 @@ def _validate_tag(engine: DeepSpeedEngine, tag: str) -> None:
         log_dist(message, level=logging.WARNING)
 
 
-def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any]:
+def _model_state(engine: DeepSpeedEngine, exclude_frozen: bool, background: bool) -> dict[str, Any]:
     module, flat = engine.module, engine._flat
     trained = {slot.param for slot in flat.slots()} if flat is not None else set()
     names = {param: name for name, param in module.named_parameters()}
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     handles = named_handles(module)
     weights = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
     if handles:
         partitioned_state.check_written({name: handle for name, handle in handles.items() if name in weights})
         weights = partitioned_state.without_data(weights, handles)
-    weights = clone_tensors_for_torch_save(weights)
+    if background:
+        # Weights change in steps, which wait for what is being written; everything else whenever the module runs.
+        changing = {name: value for name, value in weights.items() if name not in known}
+        weights = copy.copy(weights)
+        weights.update(clone_tensors_for_torch_save(changing))
     frozen = [name for param, name in names.items() if param not in trained and name in weights]
     shared = {
         name: names[param]
@@ -199,26 +258,8 @@ def _plain_config(engine: DeepSpeedEngine) -> Any:
     return json.loads(json.dumps(engine._config.raw, default=str))
 
 
-def _remove_stale(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Files of an earlier save under the same tag, by more ranks, by another stage or in another precision."""
-    flat, mp_rank = engine._flat, mp_rank_of(engine)
-    _, ranks, _ = partitioned_state.shard_rank(engine)
-    wanted = {_model_name(engine, rank) for rank in range(ranks)}
-    if flat is not None and flat.stage > 0:
-        wanted |= {_optim_name(engine, rank) for rank in range(ranks)}
-    own = f"mp_rank_{mp_rank:02d}"
-    for pattern in (f"*zero_pp_rank_*_{own}_optim_states.pt", f"zero_pp_rank_*_{own}_model_states.pt"):
-        for path in folder.glob(pattern):
-            if path.name not in wanted:
-                path.unlink()
-    whole = model_states_name(mp_rank)
-    if whole not in wanted:
-        (folder / whole).unlink(missing_ok=True)
-
-
-def _copy_script(root: Path) -> None:
-    source = Path(__file__).parent.parent / "utils" / _SCRIPT
-    atomic_write_text(root / _SCRIPT, source.read_text(encoding="utf-8"), mode=0o755)
+def _script() -> str:
+    return (Path(__file__).parent.parent / "utils" / "zero_to_fp32.py").read_text(encoding="utf-8")
 
 
 def save_weights(engine: DeepSpeedEngine, save_dir: str, filename: str, exclude_frozen: bool) -> bool:
@@ -260,11 +301,17 @@ def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
     """
     if not _maygather(engine):
         raise ValueError(f"the weights cannot be put together: {_GATHER_OFF}")
-    if engine._offload is None and dist.get_rank() != 0:
-        return None
-    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
-    if engine._offload is None:
+
+    def whole() -> dict[str, Any] | None:
+        if dist.get_rank() != 0:
+            return None
+        state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+        check_has_data(state)
         return cast("dict[str, Any]", clone_tensors_for_torch_save(state))
+
+    if engine._offload is None:
+        return together(whole, CheckpointError)
+    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
 
     def check() -> None:
         handles = named_handles(engine.module)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.guard import before_change
 from deepspeed._core.layout.flat import plan_buckets
 from deepspeed._core.precision.norm import clip_factor, squared_norm
 from deepspeed._core.precision.policy import PrecisionPolicy
@@ -298,6 +299,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
             self._report_skip()
         else:
             factor = clip_factor(norm, self.settings.gradient_clipping) / self.loss_scale
+            before_change()
             self._before_update()
             self._stepper.update(self.buckets, factor, self._publish)
             self._after_update()
@@ -441,6 +443,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     def refresh_master(self) -> None:
         """Makes the masters follow the model's weights, after someone wrote to those. No communication."""
+        before_change()
         for bucket in self.buckets:
             if not bucket.full_precision:
                 source = bucket.weights if self._whole else bucket.own_weights
@@ -448,6 +451,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     def publish_weights(self) -> None:
         """Makes the model's weights on all ranks follow the masters, after those were loaded or set. Collective."""
+        before_change()
         for bucket in self.buckets:
             for master, item in zip(self._masters[bucket.index], self._items(bucket), strict=True):
                 if item.data_ptr() != master.data_ptr():

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from deepspeed._core.ckpt.exchange import exchange
-from deepspeed._core.layout.spans import ShardLayout, bucketed, contiguous
+from deepspeed._core.ckpt.source import Exchanged, Rope, Source
+from deepspeed._core.layout.spans import bucketed, contiguous
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
@@ -50,13 +50,19 @@ def _split_state(flat: FlatOptimizer, bucket: Bucket) -> tuple[dict[str, torch.T
     return tensors, {k: v for k, v in state.items() if k not in tensors}
 
 
-def partition_state(flat: FlatOptimizer) -> dict[str, Any]:
-    """This rank's ``optimizer_state_dict`` of stages 1 to 3, on the CPU. Collective.
+def partition_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup | None) -> dict[str, Any]:
+    """This rank's ``optimizer_state_dict`` of stages 1 to 3: plain values, and live tensors and sources of such.
+
+    No communication here; the sources of stages 1 and 2 communicate over ``group`` when they are written.
+
+    Args:
+        flat: the optimizer.
+        group: the ranks of ``flat.transport``, over a backend for CPU tensors that nobody else uses; None for one rank.
 
     Raises:
         CheckpointError: the optimizer keeps state that is not elementwise, which no other cut of the group could use.
     """
-    return _per_param_state(flat) if flat.stage == 3 else _contiguous_state(flat)
+    return _per_param_state(flat) if flat.stage == 3 else _contiguous_state(flat, group)
 
 
 def _progress(flat: FlatOptimizer) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def _progress(flat: FlatOptimizer) -> dict[str, Any]:
 
 def _per_param_state(flat: FlatOptimizer) -> dict[str, Any]:
     """Stage 3: what this rank holds, in flat sub-groups of at most ``sub_group_size`` elements; no communication."""
-    masters: list[torch.Tensor] = []
+    masters: list[Source] = []
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     for index, group in enumerate(flat.param_groups):
@@ -78,13 +84,13 @@ def _per_param_state(flat: FlatOptimizer) -> dict[str, Any]:
         groups.append(_group_options(group, list(range(len(masters), len(masters) + len(tiles)))))
         for tile in tiles:
             held = [_split_state(flat, bucket) for bucket in tile]
-            entry = {key: _to_cpu(value) for _, scalars in held for key, value in scalars.items()}
-            for key in {key for tensors, _ in held for key in tensors}:
+            entry = {key: value for _, scalars in held for key, value in scalars.items()}
+            for key in sorted({key for tensors, _ in held for key in tensors}):
                 parts = zip(held, tile, strict=True)
-                entry[key] = _joined([t[key] if key in t else torch.zeros_like(b.master) for (t, _), b in parts])
+                entry[key] = Rope([t[key] if key in t else torch.zeros_like(b.master) for (t, _), b in parts])
             if entry:
                 state[len(masters)] = entry
-            masters.append(_joined([bucket.master for bucket in tile]))
+            masters.append(Rope([bucket.master for bucket in tile]))
     return {
         "zero_stage": int(flat.stage),
         **_progress(flat),
@@ -107,43 +113,30 @@ def _tiles(buckets: Sequence[Bucket], limit_numel: int) -> list[list[Bucket]]:
     return tiles
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One after the other, on the CPU; in memory of its own, since a view drags its storage into the file."""
-    return torch.cat([part.detach().reshape(-1).cpu() for part in parts] or [torch.zeros(0)])
-
-
-def _contiguous_state(flat: FlatOptimizer) -> dict[str, Any]:
-    """Stages 1 and 2: this rank's part of each group's flat vector. Collective."""
-    masters: list[torch.Tensor] = []
+def _contiguous_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup | None) -> dict[str, Any]:
+    """Stages 1 and 2: this rank's part of each group's flat vector."""
+    masters: list[Source] = []
     state: dict[int, dict[str, Any]] = {}
     paddings: list[int] = []
-    transport = flat.transport
+    rank, world = flat.transport.rank, flat.transport.world_size
     for index, shapes in enumerate(group_shapes(flat)):
         buckets = [b for b in flat.buckets if b.group_index == index]
-        target = contiguous({name: shape.numel() for name, shape in shapes.items()}, transport.world_size)
-        padding = target.padding[transport.rank]
+        wanted = contiguous({name: shape.numel() for name, shape in shapes.items()}, world)
+        padding = wanted.padding[rank]
         paddings.append(padding)
         if not buckets:
-            masters.append(torch.zeros(0))
+            masters.append(Rope([]))
             continue
-        source = bucketed(
-            [[(s.name, s.start, s.numel) for s in b.slots] for b in buckets],
-            [b.numel for b in buckets],
-            transport.world_size,
+        held = bucketed(
+            [[(s.name, s.start, s.numel) for s in b.slots] for b in buckets], [b.numel for b in buckets], world
         )
-
-        def to_file(
-            tensors: list[torch.Tensor], source: ShardLayout = source, target: ShardLayout = target
-        ) -> torch.Tensor:
-            local = torch.cat([t.detach().reshape(-1) for t in tensors])
-            return exchange(local, source, target, transport).cpu()
-
-        whole = to_file([b.master for b in buckets])
         # The documented files hold the masters without the padding at the end, the state with it.
-        masters.append(whole[: whole.numel() - padding].clone())
-        held = [_split_state(flat, bucket) for bucket in buckets]
-        entry = {key: _to_cpu(value) for key, value in held[0][1].items()}
-        entry.update({key: to_file([tensors[key] for tensors, _ in held]) for key in held[0][0]})
+        numel = wanted.buffer_numels[rank] - padding
+        masters.append(Exchanged([b.master for b in buckets], held, wanted, group, rank, numel))
+        states = [_split_state(flat, bucket) for bucket in buckets]
+        entry: dict[str, Any] = dict(states[0][1])
+        for key in states[0][0]:
+            entry[key] = Exchanged([tensors[key] for tensors, _ in states], held, wanted, group, rank)
         if entry:
             state[index] = entry
     return {
@@ -156,13 +149,13 @@ def _contiguous_state(flat: FlatOptimizer) -> dict[str, Any]:
         "single_partition_of_fp32_groups": masters,
         "zero_stage": int(flat.stage),
         "group_paddings": paddings,
-        "partition_count": [transport.world_size] * len(paddings),
+        "partition_count": [world] * len(paddings),
         "ds_version": __version__,
     }
 
 
 def whole_state(flat: FlatOptimizer, in_module: Collection[str]) -> dict[str, Any]:
-    """The ``optimizer`` entry of a stage 0 model file, on the CPU: whole parameters, the same on all ranks.
+    """The ``optimizer`` entry of a stage 0 model file: whole parameters, the same on all ranks, live.
 
     Masters go in where the module's weights are not the same values, or (not in ``in_module``) not in the file at all.
     """
@@ -174,11 +167,11 @@ def whole_state(flat: FlatOptimizer, in_module: Collection[str]) -> dict[str, An
         ids = list(range(count, count + len(group["params"])))
         count += len(ids)
         groups.append(_group_options(group, ids))
-        masters.append([_to_cpu(p.detach()) for p in group["params"]])
+        masters.append([p.detach() for p in group["params"]])
         for i, param in zip(ids, group["params"], strict=True):
             held = flat.optimizer.state.get(param, {})
             if held:
-                state[i] = {k: _to_cpu(v) for k, v in held.items()}
+                state[i] = dict(held)
     inner = {"state": state, "param_groups": groups}
     if all(bucket.full_precision for bucket in flat.buckets) and all(s.name in in_module for s in flat.slots()):
         return inner
@@ -191,8 +184,3 @@ def whole_state(flat: FlatOptimizer, in_module: Collection[str]) -> dict[str, An
         "optimizer_state_dict": inner,
         "fp32_groups": masters,
     }
-
-
-def _to_cpu(value: Any) -> Any:
-    """Tensors as compact CPU copies (a view would drag its whole flat buffer into the file)."""
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

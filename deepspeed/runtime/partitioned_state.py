@@ -16,6 +16,7 @@ from deepspeed._core.ckpt.weights import PartitionedWeights
 from deepspeed._core.params.handle import ParamHandle, handle_of
 from deepspeed._core.reduce.transport import Pending
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.comm.agreement import together
 from deepspeed.runtime.zero.module_state import check_has_data, named_handles
 
 if TYPE_CHECKING:
@@ -89,20 +90,30 @@ def collect_weights(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[s
     first = dist.get_rank() == 0
     rest = {name: value for name, value in state.items() if name not in handles}
     result: dict[str, Any] = OrderedDict()
-    others = clone_tensors_for_torch_save(rest) if first else {}
-    collected: dict[int, torch.Tensor | None] = {}
+
+    def prepare() -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
+        """On rank 0, all that takes memory: it may fail there, and the others would wait."""
+        if not first:
+            return {}, {}
+        wanted = {handles[name].id: handles[name] for name in state if name in handles}
+        empty = {key: torch.empty(handle.numel, dtype=handle.dtype, device="cpu") for key, handle in wanted.items()}
+        return clone_tensors_for_torch_save(rest), empty
+
+    others, collected = together(prepare)
+    begun: set[int] = set()
     travelling: deque[Pending] = deque()
     for name in state:
         handle = handles.get(name)
         if handle is None:
             result[name] = others.get(name)
             continue
-        transport = handle.transport.plain
+        transport, out = handle.transport.plain, collected.get(handle.id)
         # With MiCS several groups hold the same; that of rank 0 gives.
-        if handle.id not in collected and transport.global_rank(0) == 0:
-            out = torch.empty(handle.numel, dtype=handle.dtype, device="cpu") if first else None
+        if handle.id not in begun and transport.global_rank(0) == 0:
+            begun.add(handle.id)
             travelling.append(transport.collect(handle.shard, handle.numel, out, key=handle.id))
-            collected[handle.id] = out.view(handle.shape) if out is not None else None
+            if out is not None:
+                collected[handle.id] = out.view(handle.shape)
             if len(travelling) > _IN_FLIGHT:
                 travelling.popleft().wait()
         result[name] = collected.get(handle.id)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.guard import before_change
 from deepspeed._core.reduce.bucket import Bucket, Slot
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def _set_full(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) -
     if tuple(value.shape) != tuple(slot.param.shape):
         raise ValueError(f"{slot.name} has shape {tuple(slot.param.shape)}; the given value has {tuple(value.shape)}")
     tensor = _locate(owner, slot, key)
+    before_change()
     with torch.no_grad():
         if owner.stage == 0:
             tensor.view(slot.param.shape).copy_(value)
@@ -180,6 +182,7 @@ def _set_local(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) 
         begin, at, numel = slot.overlap(owner.transport.rank)
     if value.numel() != numel:
         raise ValueError(f"this rank owns {numel} elements of {slot.name}; the given value has {value.numel()}")
+    before_change()
     with torch.no_grad():
         tensor[at : at + numel].copy_(value.reshape(-1))
         if key is None:

@@ -74,7 +74,7 @@ def layout(rank: int, world: int, folder: str, stage: int, dtype: str) -> None:
     tag = Path(folder, "global_step2")
     prefix = "bf16_" if dtype == "bf16" else ""
     optim = [f"{prefix}zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(world)] if stage else []
-    assert sorted(os.listdir(tag)) == sorted([*optim, "mp_rank_00_model_states.pt"])
+    assert sorted(os.listdir(tag)) == sorted([*optim, "manifest.json", "mp_rank_00_model_states.pt"])
     assert sorted(os.listdir(folder)) == ["global_step2", "latest", "zero_to_fp32.py"]
     assert os.access(Path(folder, "zero_to_fp32.py"), os.X_OK)
 

@@ -21,7 +21,14 @@ from deepspeed.runtime.config_schema import DeepSpeedConfigDocument
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel, facts_of, field_names, nested_model, walk_fields
 
 # Keys of this implementation, which the documents do not have.
-OWN_KEYS = {"strict", "verify_gradients", "hang_timeout_s", "fp16.consecutive_skip_limit"}
+OWN_KEYS = {
+    "strict",
+    "verify_gradients",
+    "hang_timeout_s",
+    "fp16.consecutive_skip_limit",
+    "checkpoint.async_save",
+    "checkpoint.keep_last",
+}
 LISTED = (Path(__file__).parents[1] / "data" / "config-keys.txt").read_text()
 ENTRIES = [tuple(line.split(" ", 1)) for line in LISTED.splitlines()]
 

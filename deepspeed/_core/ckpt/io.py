@@ -12,7 +12,7 @@ import codecs
 import os
 import pickle
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,11 @@ from deepspeed.errors import CheckpointError
 __all__ = [
     "FragmentAddress",
     "InertObject",
-    "StagedFile",
     "atomic_save",
     "atomic_write_text",
+    "fsync_folder",
     "load_file",
-    "refused_names",
-    "stage_save",
+    "refused",
 ]
 
 StrPath = str | os.PathLike[str]
@@ -168,69 +167,34 @@ def atomic_write_text(path: StrPath, text: str, *, mode: int | None = None) -> N
         stream.write(text.encode("utf-8"))
 
 
-@dataclass(frozen=True)
-class StagedFile:
-    """A complete, durable file under a temporary name, so that several files can appear together or not at all."""
-
-    scratch: Path
-    path: Path
-
-    def commit(self) -> None:
-        """Gives the file its name, in place of an older one."""
-        os.replace(self.scratch, self.path)
-        _fsync_folder(self.path.parent)
-
-    def discard(self) -> None:
-        """Removes it. Nothing happens after ``commit``, or when called again."""
-        with suppress(FileNotFoundError):
-            self.scratch.unlink()
-
-
-def stage_save(obj: Any, path: StrPath) -> StagedFile:
-    """First half of :func:`atomic_save`; ``commit`` of what it returns is the second."""
-    with _scratch_of(Path(path)) as (staged, stream):
-        torch.save(obj, stream)
-    return staged
-
-
-def refused_names(file: StrPath | IO[bytes]) -> list[str]:
-    """Names of classes and functions in a ``torch.save`` file that :func:`load_file` would refuse; reads no tensors."""
+def refused(names: Iterable[str]) -> list[str]:
+    """Those names of classes and functions that :func:`load_file` would refuse."""
     known = {**_client_globals(), **_REFERENCE_GLOBALS}
-    named = torch.serialization.get_unsafe_globals_in_checkpoint(file)  # type: ignore[arg-type]
-    return sorted(name for name in named if name not in known)
+    return sorted(name for name in names if name not in known)
 
 
 @contextmanager
 def _replacing(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
     """A stream whose content becomes ``path`` when the block ends well, and leaves nothing behind when it does not."""
-    with _scratch_of(path, mode) as (staged, stream):
-        yield stream
-    try:
-        staged.commit()
-    except BaseException:
-        staged.discard()
-        raise
-
-
-@contextmanager
-def _scratch_of(path: Path, mode: int | None = None) -> Iterator[tuple[StagedFile, IO[bytes]]]:
-    """A temporary file beside ``path``, complete on disk when the block ends well and removed when it does not."""
     # Same folder: a rename across file systems is a copy. Random: two runs may write the same path. Not mkstemp: it
     # makes the file private, and colleagues who share the folder could not load it.
-    staged = StagedFile(path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp"), path)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with staged.scratch.open("xb") as stream:
-            yield staged, stream
+        with scratch.open("xb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         if mode is not None:
-            staged.scratch.chmod(mode)
+            scratch.chmod(mode)
+        os.replace(scratch, path)
+        fsync_folder(path.parent)
     except BaseException:
-        staged.discard()
+        with suppress(FileNotFoundError):
+            scratch.unlink()
         raise
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename durable. Some network file systems refuse this on folders; the rename stays atomic there."""
     handle = os.open(folder, os.O_RDONLY)
     try:

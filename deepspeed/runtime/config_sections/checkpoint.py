@@ -58,6 +58,16 @@ class CheckpointConfig(DeepSpeedConfigModel):
     )
     load_universal: Bool = key(False, "Load the universal format.")
     use_node_local_storage: Bool = key(False, "Each node has its own storage; its local rank 0 writes shared files.")
+    async_save: Bool = key(
+        False,
+        "Save in the background: save_checkpoint returns at once, and what training changes before it is written is copied "
+        "first. The next save, load_checkpoint, destroy and the end of the program wait for it.",
+        aliases=("async",),
+        since="1.0.0",
+    )
+    keep_last: PosInt | None = key(
+        None, "Keep so many of the newest checkpoints of a folder, remove older ones after a save.", since="1.0.0"
+    )
     parallel_write: ParallelWriteConfig = section(ParallelWriteConfig, "Who writes at the same time.")
     checkpoint_serialization: Bool = key(True, "Serialise through torch.save.", since="0.17.1")
     writer: CheckpointWriterConfig | None = key(None, "The fast writer.", since="0.17.1")

@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.guard import before_change
 from deepspeed._core.params.construct import unwatched
 from deepspeed._core.params.handle import ParamHandle, fetch, handles_of
 from deepspeed._core.params.hooks import coordinator_of
@@ -158,6 +159,7 @@ class GatheredParameters:
             )
 
     def _share_one(self, handle: ParamHandle, flat: torch.Tensor) -> None:
+        before_change()
         transport, root = handle.transport, int(self.src_rank or 0)
         # With MiCS the modifier is one rank of one of several blocks that hold the same.
         block_rank, block = root % transport.world_size, root // transport.world_size

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from deepspeed._core.ckpt.guard import before_change
 from deepspeed._core.params.bucket import ShardBucket, plan_shard_buckets
 from deepspeed._core.params.handle import ParamHandle, handle_of
 from deepspeed._core.reduce.bucket import Bucket, Slot
@@ -173,11 +174,13 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
     # -- state -------------------------------------------------------------------------------------------------------
 
     def refresh_master(self) -> None:
+        before_change()
         for bucket in self.buckets:
             if not bucket.full_precision:
                 bucket.master.copy_(bucket.weights)
 
     def publish_weights(self) -> None:
+        before_change()
         coordinator = self.parameter_offload.coordinator
         coordinator.release_all()
         coordinator.forget_copies()

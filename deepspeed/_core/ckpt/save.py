@@ -1,0 +1,222 @@
+"""One save: files into a staging folder, agreement of all ranks, and the folder under its name; now or in the background."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from deepspeed._core.ckpt.archive import Archive
+from deepspeed._core.ckpt.blockfile import BlockFile, FileSum
+from deepspeed._core.ckpt.guard import end_writing, start_writing
+from deepspeed._core.ckpt.io import atomic_write_text, fsync_folder
+from deepspeed._core.ckpt.manifest import Manifest, known_tags, write_manifest
+from deepspeed._core.ckpt.native import LATEST
+from deepspeed._core.ckpt.staging import Staging, hidden_name, remove_leftovers
+from deepspeed.errors import CheckpointError
+from deepspeed.utils.logging import logger
+
+__all__ = ["SaveJob", "Saver", "WriterOptions"]
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """How files are written: see :class:`BlockFile`."""
+
+    buffer_nbytes: int = 8 << 20
+    buffers: int = 2
+
+
+@dataclass
+class SaveJob:
+    """All that a rank has to do for a checkpoint once its content is fixed. Collective over ``group``.
+
+    Attributes:
+        staging: the folder being made, shared by ``members``.
+        files: this rank's files by name.
+        facts: the manifest, without files.
+        members: world ranks that write into this folder; the first is the leader, which publishes it.
+        latest: whether the file ``latest`` is to name the tag.
+        keep_last: how many checkpoints stay; None is all.
+        script: content of ``zero_to_fp32.py``.
+        group: a group of all ranks that nobody else uses meanwhile; None for a single rank.
+        options: how files are written.
+    """
+
+    staging: Staging
+    files: Sequence[tuple[str, Archive]]
+    facts: Manifest
+    members: Sequence[int]
+    latest: bool
+    keep_last: int | None
+    script: str
+    group: torch.distributed.ProcessGroup | None
+    options: WriterOptions
+
+    def run(self) -> None:
+        """Writes and publishes; an error on any rank is raised on all, and leaves what was there before.
+
+        Raises:
+            CheckpointError, OSError: the checkpoint was not saved.
+        """
+        archives = [archive for _, archive in self.files]
+        try:
+            error: Exception | None = None
+            sums: dict[str, FileSum] = {}
+            for name, archive in self.files:
+                sink = _Tolerant(self.staging.folder / name, self.options)
+                archive.write(sink)
+                found = sink.close()
+                if found is not None:
+                    sums[name] = found
+                error = error or sink.error
+        finally:
+            end_writing(archives)
+        reports = self._agree(error, sums)
+        error = None
+        if self._leads:
+            try:
+                self._publish({name: known for rank in self.members for name, known in reports[rank].items()})
+            except Exception as caught:
+                error = caught
+        self._agree(error, {})
+
+    @property
+    def _leads(self) -> bool:
+        return self.group is None or torch.distributed.get_rank() == self.members[0]
+
+    def _agree(self, error: Exception | None, sums: dict[str, FileSum]) -> list[dict[str, FileSum]]:
+        """What each rank wrote; raises on all ranks if one has failed, and removes the staging folder."""
+        mine = (None if error is None else f"{type(error).__name__}: {error}", sums)
+        every: list[Any] = [mine]
+        if self.group is not None:
+            every = [None] * torch.distributed.get_world_size(self.group)
+            torch.distributed.all_gather_object(every, mine, group=self.group)
+        failed = {rank: text for rank, (text, _) in enumerate(every) if text is not None}
+        if failed:
+            if self._leads:
+                self.staging.discard()
+            if error is not None:
+                raise error
+            raise CheckpointError("; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items()))
+        return [sums for _, sums in every]
+
+    def _publish(self, files: dict[str, FileSum]) -> None:
+        root, staging = self.staging.target.parent, self.staging
+        write_manifest(staging.folder, replace(self.facts, files=files, saved_at=time.time()))
+        staging.publish()
+        script = root / "zero_to_fp32.py"
+        if not script.is_file() or script.read_text(encoding="utf-8") != self.script:
+            atomic_write_text(script, self.script, mode=0o755)
+        if self.latest:
+            atomic_write_text(root / LATEST, self.facts.tag)
+        remove_leftovers(root)
+        if self.keep_last is not None:
+            _retire(root, self.facts.tag, self.keep_last)
+
+
+def _retire(root: Path, newest: str, keep: int) -> None:
+    """Removes all but the newest checkpoints of this package; never the one just saved, nor what ``latest`` names."""
+    protected = {newest}
+    with suppress(OSError):
+        protected.add((root / LATEST).read_text(encoding="utf-8").strip())
+    others = [tag for tag in known_tags(root) if tag != newest]
+    for tag in others[max(keep - 1, 0) :]:
+        if tag in protected:
+            continue
+        # Hidden first, so that nobody finds half of it.
+        hidden = root / hidden_name(tag, "gone")
+        os.rename(root / tag, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    fsync_folder(root)
+
+
+class _Tolerant:
+    """A file that keeps its first error to itself, so that the communication behind the data goes on for the other ranks."""
+
+    def __init__(self, path: Path, options: WriterOptions) -> None:
+        self.error: Exception | None = None
+        self._file: BlockFile | None = None
+        try:
+            self._file = BlockFile(path, buffer_nbytes=options.buffer_nbytes, buffers=options.buffers)
+        except OSError as error:
+            self.error = error
+
+    def write(self, data: Any) -> int:
+        if self.error is None and self._file is not None:
+            try:
+                return self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def close(self) -> FileSum | None:
+        """Size and checksums; None after an error."""
+        if self._file is None:
+            return None
+        failed = self.error
+        try:
+            self._file.__exit__(None if failed is None else type(failed), failed, None)
+        except OSError as error:
+            self.error = self.error or error
+        return None if self.error is not None else self._file.sum
+
+
+class Saver:
+    """Runs saves of one engine, at most one at a time.
+
+    Attributes:
+        groups: the process groups that saves use, once there are such.
+    """
+
+    def __init__(self) -> None:
+        self.groups: tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def settle(self) -> None:
+        """Waits for the save in the background, if there is one.
+
+        Raises:
+            CheckpointError, OSError: it has failed. Said once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointError(f"the checkpoint that was being saved in the background was not: {error}") from error
+
+    def run(self, job: SaveJob, *, background: bool, then: Callable[[], None]) -> None:
+        """Does the job; in the background it returns at once, and errors wait for :meth:`settle`."""
+        self.settle()
+        if not background:
+            job.run()
+            then()
+            return
+
+        def work() -> None:
+            try:
+                job.run()
+                then()
+            except BaseException as error:
+                self._error = error
+                logger.error("saving checkpoint %s in the background failed: %s", job.staging.target, error)
+
+        start_writing([archive for _, archive in job.files])
+        # Not a daemon: the interpreter waits for it at exit.
+        self._thread = threading.Thread(target=work, name="deepspeed-checkpoint")
+        self._thread.start()

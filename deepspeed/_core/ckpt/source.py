@@ -1,0 +1,258 @@
+"""Where the bytes of a checkpoint's tensors come from, a tile at a time: live training state that is copied only if need be.
+
+A tensor of a checkpoint is a :class:`Source`. Writing it asks for its tiles in order, so that neither the state nor a file
+is ever in memory a second time. While a checkpoint is written in the background, training goes on; before it changes
+the state, it freezes the sources, and what has not been written by then is copied. (The same idea: DataStates-LLM,
+HPDC 2024, "lazy non-blocking copies".)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+
+import torch
+import torch.distributed
+
+from deepspeed._core.layout.reshard import Copy, reshard
+from deepspeed._core.layout.spans import ShardLayout
+from deepspeed._core.pages import empty_flat
+
+__all__ = ["Blank", "Exchanged", "Live", "Rope", "Source"]
+
+# Long enough for large writes, short enough that who freezes a source waits for milliseconds only.
+_TILE_NBYTES = 16 << 20
+
+
+class Live:
+    """The elements of one tensor, wherever it is, until it is frozen; then as they were at that moment."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._lock = threading.Lock()
+        self._flat: torch.Tensor | None = tensor.detach().reshape(-1)
+        self._copied = False
+        #: First element of the tensor that is still there: those before were read for the last time.
+        self._base = 0
+        self.dtype = tensor.dtype
+        self.numel = tensor.numel()
+
+    def read(self, begin: int, end: int, use: Callable[[torch.Tensor], None]) -> None:
+        """Gives ``use`` the elements ``[begin, end)``, 1-D on the CPU, which it must not keep."""
+        with self._lock:
+            if self._flat is None:
+                raise AssertionError("a source was read after it was dropped")
+            use(self._flat[begin - self._base : end - self._base].cpu())
+
+    def freeze(self) -> None:
+        """Copies what is still to be read, unless that was done; the tensor may be changed from then on."""
+        with self._lock:
+            if self._flat is None or self._copied:
+                return
+            copy = empty_flat(self._flat.numel(), self.dtype)
+            self._flat = copy.copy_(self._flat)
+            self._copied = True
+
+    def drop(self, before: int) -> None:
+        """Elements before this one will not be read again."""
+        with self._lock:
+            if self._flat is None:
+                return
+            if before >= self.numel:
+                self._flat = None
+            elif not self._copied:
+                self._flat, self._base = self._flat[before - self._base :], before
+
+
+class Source:
+    """A tensor of a checkpoint: what it is, and its elements in order.
+
+    Attributes:
+        shape, dtype: as the checkpoint stores it.
+        collective: whether reading takes part in communication, so that all ranks of a group must read, and read all.
+    """
+
+    collective = False
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+    def write(self, use: Callable[[torch.Tensor], None]) -> None:
+        """Gives ``use`` all elements in order, in tiles: 1-D on the CPU, which it must not keep. Once only."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Makes what is still to be read independent of the tensors it comes from."""
+        raise NotImplementedError
+
+
+class Rope(Source):
+    """Tensors of one dtype, one after the other."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], shape: Sequence[int] | None = None) -> None:
+        dtype = parts[0].dtype if parts else torch.float32
+        self._parts = [Live(part) for part in parts]
+        super().__init__((sum(part.numel for part in self._parts),) if shape is None else shape, dtype)
+        if any(part.dtype != dtype for part in self._parts) or sum(p.numel for p in self._parts) != self.numel:
+            raise AssertionError(
+                f"parts of {[(p.numel, p.dtype) for p in self._parts]} cannot be {self.shape}, {dtype}"
+            )
+
+    def write(self, use: Callable[[torch.Tensor], None]) -> None:
+        """See :meth:`Source.write`."""
+        tile = _TILE_NBYTES // self.dtype.itemsize
+        for part in self._parts:
+            for begin in range(0, part.numel, tile):
+                end = min(begin + tile, part.numel)
+                part.read(begin, end, use)
+                part.drop(end)
+
+    def freeze(self) -> None:
+        """See :meth:`Source.freeze`."""
+        for part in self._parts:
+            part.freeze()
+
+
+class Blank(Source):
+    """As many zeros, which nobody keeps."""
+
+    def __init__(self, numel: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__((numel,), dtype)
+
+    def write(self, use: Callable[[torch.Tensor], None]) -> None:
+        """See :meth:`Source.write`."""
+        tile = _TILE_NBYTES // self.dtype.itemsize
+        blank = torch.zeros(min(tile, self.numel), dtype=self.dtype)
+        for begin in range(0, self.numel, tile):
+            use(blank[: min(tile, self.numel - begin)])
+
+    def freeze(self) -> None:
+        """Nothing can change it."""
+
+
+class Exchanged(Source):
+    """This rank's buffer in another layout than the one in memory: each tile comes from all ranks that hold a part of it.
+
+    Args:
+        parts: this rank's buffer in ``held``, in consecutive 1-D tensors.
+        held: the layout in memory, over the ranks of ``group``.
+        wanted: the layout to write; buffers of the same size on all ranks.
+        group: a group whose backend takes CPU tensors, and that nobody else uses meanwhile; None for a single rank.
+        rank: this rank in both layouts.
+        numel: the first so many elements only (the end of a buffer is padding).
+    """
+
+    collective = True
+
+    def __init__(
+        self,
+        parts: Sequence[torch.Tensor],
+        held: ShardLayout,
+        wanted: ShardLayout,
+        group: torch.distributed.ProcessGroup | None,
+        rank: int,
+        numel: int | None = None,
+    ) -> None:
+        super().__init__((wanted.buffer_numels[rank] if numel is None else numel,), parts[0].dtype)
+        self._parts = [Live(part) for part in parts]
+        self._wanted, self._group, self._rank = wanted, group, rank
+        copies = reshard(held, wanted)
+        ranks = range(held.world_size)
+        by_offset = sorted(copies, key=lambda c: c.dst_offset)
+        self._outgoing = [[c for c in by_offset if c.src_rank == rank and c.dst_rank == r] for r in ranks]
+        self._incoming = [[c for c in by_offset if c.dst_rank == rank and c.src_rank == r] for r in ranks]
+
+    def write(self, use: Callable[[torch.Tensor], None]) -> None:
+        """See :meth:`Source.write`. Collective over the group."""
+        size, world = self._wanted.buffer_numels[self._rank], self._wanted.world_size
+        tile = _TILE_NBYTES // self.dtype.itemsize
+        sending = [_Windows(copies) for copies in self._outgoing]
+        receiving = [_Windows(copies) for copies in self._incoming]
+        for begin in range(0, size, tile):
+            end = min(begin + tile, size)
+            outgoing = [list(windows.until(end)) for windows in sending]
+            incoming = [list(windows.until(end)) for windows in receiving]
+            received = self._swap(outgoing, incoming)
+            out = torch.zeros(end - begin, dtype=self.dtype)
+            at = 0
+            for copy in (copy for rank in range(world) for copy in incoming[rank]):
+                out[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel] = received[at : at + copy.numel]
+                at += copy.numel
+            if begin < self.numel:
+                use(out[: self.numel - begin])
+        for part in self._parts:
+            part.drop(part.numel)
+
+    def _swap(self, outgoing: Sequence[Sequence[Copy]], incoming: Sequence[Sequence[Copy]]) -> torch.Tensor:
+        sent = torch.empty(sum(c.numel for copies in outgoing for c in copies), dtype=self.dtype)
+        at = 0
+        for copy in (copy for copies in outgoing for copy in copies):
+            self._read(copy.src_offset, sent[at : at + copy.numel])
+            at += copy.numel
+        if len(outgoing) == 1:
+            return sent
+        received = torch.empty(sum(c.numel for copies in incoming for c in copies), dtype=self.dtype)
+        # Not through deepspeed.comm: this may be a thread beside the training, whose collectives the hang doctor follows.
+        torch.distributed.all_to_all_single(
+            received,
+            sent,
+            [sum(c.numel for c in copies) for copies in incoming],
+            [sum(c.numel for c in copies) for copies in outgoing],
+            group=self._group,
+        )
+        return received
+
+    def _read(self, offset: int, out: torch.Tensor) -> None:
+        """Elements of this rank's buffer, across its parts."""
+        for part in self._parts:
+            if offset < part.numel and out.numel():
+                count = min(part.numel - offset, out.numel())
+                part.read(offset, offset + count, _into(out[:count]))
+                out, offset = out[count:], offset + count
+            offset -= part.numel
+
+    def freeze(self) -> None:
+        """See :meth:`Source.freeze`."""
+        for part in self._parts:
+            part.freeze()
+
+
+def _into(room: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def take(held: torch.Tensor) -> None:
+        room.copy_(held)
+
+    return take
+
+
+class _Windows:
+    """Copies in the order of their destination, taken a window at a time and cut at its end."""
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = copies
+        self._next = 0
+        self._done = 0
+
+    def until(self, end: int) -> Iterator[Copy]:
+        """What remains before element ``end`` of the destination."""
+        while self._next < len(self._copies):
+            copy = self._copies[self._next]
+            begin = copy.dst_offset + self._done
+            if begin >= end:
+                return
+            count = min(copy.numel - self._done, end - begin)
+            yield copy._replace(src_offset=copy.src_offset + self._done, dst_offset=begin, numel=count)
+            self._done += count
+            if self._done < copy.numel:
+                return
+            self._next, self._done = self._next + 1, 0
