@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed.launcher import ds_ssh
+from deepspeed.launcher import ds_ssh, supervise
 from tests.helpers.launcher import SLEEPER, Launcher, wait_gone
 from tests.helpers.netns import Network, two_hosts, why_not
 
 ROOT = str(Path(__file__).parents[2])
-REASON = why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LAUNCHERS = [
     "ssh",
     pytest.param("pdsh", marks=pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")),
@@ -65,8 +63,17 @@ class Cluster(Launcher):
         wait_gone(int(path.read_text()) for path in self.folder.glob("up[0-9]"))
 
 
+@pytest.fixture(scope="module")
+def namespaces():
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path, namespaces, monkeypatch):
+    # A moment is enough for what these scripts have to say when a peer is killed.
+    monkeypatch.setitem(supervise.LADDERS, "killed", ((0.3, signal.SIGTERM), (5, signal.SIGKILL)))
     with two_hosts(tmp_path) as network:
         started = Cluster(tmp_path, network)
         yield started
@@ -302,6 +309,69 @@ def test_host_killed_in_training_is_the_one_that_is_named(cluster, killed):
     lost = cluster.network.hosts[killed]
     first = next(line for line in cluster.said.splitlines() if line.startswith("[deepspeed] node"))
     assert first.startswith(f"[deepspeed] node {lost} was lost (ssh was killed by SIGKILL"), cluster.said
+
+
+ACCELERATED = """
+import os, sys, torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.AdamW(model.parameters())
+data = torch.utils.data.DataLoader([torch.ones(4)] * 8, batch_size=2)
+model, optimizer, data = accelerator.prepare(model, optimizer, data)
+for x in data:
+    accelerator.backward(model(x).mean())
+    optimizer.step()
+    optimizer.zero_grad()
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+print(*[os.environ[n] for n in names], accelerator.distributed_type.value, type(model).__name__, sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.client
+def test_accelerate_launch_over_two_hosts(cluster):
+    """It writes its environment to .deepspeed_env, again at each launch, and calls ``deepspeed --launcher pdsh``."""
+    pytest.importorskip("accelerate")
+    program = cluster.network.programs / "deepspeed"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m deepspeed.launcher.runner "$@"\n')
+    program.chmod(0o755)
+    cluster.script("hosts", f"{cluster.first} slots=1\n{cluster.second} slots=1\n")
+    script = cluster.script("train.py", ACCELERATED)
+    flags = [
+        "--use_deepspeed",
+        "--zero_stage",
+        "2",
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "2",
+        "--machine_rank",
+        "0",
+    ]
+    flags += ["--deepspeed_hostfile", "hosts", "--main_process_ip", cluster.first, "--main_process_port", "29511"]
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    names = {
+        "PATH": f"{cluster.network.programs}:{os.environ['PATH']}",
+        "PYTHONPATH": ROOT,
+        "HOME": str(cluster.folder),
+    }
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *flags, script, "a b"],
+            env={**os.environ, **names, "GLOO_SOCKET_IFNAME": "eth0"},
+            cwd=cluster.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+    shown = sorted(line for line in done.stdout.splitlines() if " DEEPSPEED " in line)
+    assert shown == [
+        f"{host}: {rank} 0 2 {cluster.first} 29511 DEEPSPEED DeepSpeedEngine ['a b']"
+        for rank, host in enumerate(cluster.network.hosts)
+    ]
+    assert (cluster.folder / ".deepspeed_env").read_text().count("ACCELERATE_USE_DEEPSPEED=") == 2
 
 
 ELASTIC = """
