@@ -29,7 +29,7 @@ from deepspeed.comm import doctor
 from deepspeed.runtime import optimizer_state, partitioned_state
 from deepspeed.runtime.config_sections.checkpoint import CheckpointWriterConfig
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, rng_state, together
-from deepspeed.runtime.zero.module_state import named_handles
+from deepspeed.runtime.zero.module_state import check_has_data, named_handles
 from deepspeed.utils.logging import log_dist
 from deepspeed.version import __version__
 
@@ -310,8 +310,9 @@ def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
         return cast("dict[str, Any]", clone_tensors_for_torch_save(state))
 
     if engine._offload is None:
-        return together(whole, CheckpointError)
-    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+        return together(whole)
+    # Parameters themselves, since what is whole here would be cloned, on all ranks.
+    state = engine.module_state_dict(keep_vars=True, exclude_frozen_parameters=exclude_frozen)
 
     def check() -> None:
         handles = named_handles(engine.module)

@@ -355,8 +355,9 @@ class Wide(nn.Module):
         self.register_buffer("table", torch.arange(5))
 
 
-def consolidating(rank: int, world: int) -> None:
-    engine = deepspeed.initialize(model=Wide(), config={**settings("bf16"), "optimizer": {"type": "Adam"}})[0]
+def consolidating(rank: int, world: int, persistent: int) -> None:
+    made = {**settings("bf16", persistent), "optimizer": {"type": "Adam"}}
+    engine = deepspeed.initialize(model=Wide(), config=made)[0]
     expected = whole(engine.module)
     model_nbytes = sum(v.nbytes for name, v in expected.items() if name != "alias.weight")
     largest = expected["big.weight"].nbytes
@@ -373,9 +374,9 @@ def consolidating(rank: int, world: int) -> None:
         assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_memory_of_the_whole_model(world: int) -> None:
-    run_ranks(consolidating, world)
+@pytest.mark.parametrize(("world", "persistent"), [(2, 0), (3, 0), (2, 10**6)])
+def test_memory_of_the_whole_model(world: int, persistent: int) -> None:
+    run_ranks(consolidating, world, persistent)
 
 
 def saving(rank: int, world: int, folder: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-MALLOC_GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Environment of a process that is to be measured: what was freed before the measurement must not serve in it."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def can_measure() -> bool:
+    return sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 
 
 def _status(key: str) -> int:
@@ -21,28 +25,20 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def can_measure() -> bool:
-    return sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
-
-
 def peak_nbytes(action: Callable[[], Any]) -> int:
-    """The most memory this process had during ``action`` minus what it had before. The result is dropped."""
+    """The most memory this process had during ``action`` minus what it had before. The result is dropped.
+
+    For processes that do nothing else: freed memory goes back to the system at once from then on, so that what was freed
+    before the measurement does not serve in it.
+    """
     gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # sets VmHWM to VmRSS
     action()
     return _status("VmHWM") - before
-
-
-@contextmanager
-def measured_environment() -> Iterator[None]:
-    """Sets :data:`MALLOC_GIVES_BACK` for child processes; skips the test where memory cannot be measured."""
-    import pytest  # measured processes do not need it
-
-    if not can_measure():
-        pytest.skip("needs Linux's /proc/self/clear_refs")
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in MALLOC_GIVES_BACK.items():
-            patch.setenv(key, value)
-        yield
