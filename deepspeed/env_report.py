@@ -1,6 +1,6 @@
 """``ds_report``: what this machine can do, as a table. Its order is that of the published report.
 
-Every operator that the table calls compatible has just made one step here.
+Every optimizer that the table calls compatible has just made one step here.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _operator_table(rows: Sequence[tuple[str, bool, bool]]) -> list[str]:
         rule,
         "DeepSpeed operator report",
         rule,
-        "NOTE: Nothing is compiled at install or import, and a compatible operator has just made a step",
+        "NOTE: Nothing is compiled at install or import, and a compatible optimizer has just made a step",
         "      on this machine. Sharded CPU Adam builds one small loop with the machine's C compiler at its",
         "      first large step; without a compiler, or with DS_NATIVE_STEP=0, torch's kernels do it.",
         rule,

@@ -26,13 +26,15 @@ def test_sections_come_in_the_published_order():
     assert f"{torch.__version__}" in text and __version__ in text
 
 
-def test_operators_that_step_here_are_okay_and_missing_ones_say_so():
+def test_operators_that_step_here_are_okay_and_missing_ones_say_so(monkeypatch):
+    monkeypatch.setitem(env_report.known_ops, "not_there", False)
     text = env_report.report()
     states = _states(text)
     for name in ("cpu_adam", "cpu_adagrad", "cpu_lion", "fused_adam", "fused_lamb", "fused_lion"):
         assert states[name] == ("[YES]", "[OKAY]")
-    assert states["async_io"] == ("[NO]", "[NO]")
-    assert "[WARNING]  async_io: not in this version" in text
+    assert states["async_io"] == ("[YES]", "[OKAY]")
+    assert states["not_there"] == ("[NO]", "[NO]")
+    assert "[WARNING]  not_there: not in this version" in text
 
 
 def _raises(params, lr):

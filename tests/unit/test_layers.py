@@ -32,10 +32,12 @@ LAYERS = {
     "deepspeed.runtime.engine": 4,
     "deepspeed.runtime.engine_setup": 4,
     "deepspeed.runtime.engine_checkpoint": 4,
+    "deepspeed.runtime.engine_choosing": 4,
     "deepspeed.runtime.engine_loading": 4,
     "deepspeed.runtime.engine_saving": 4,
     "deepspeed.launcher": 5,
     "deepspeed.env_report": 5,
+    "deepspeed.nvme": 5,
 }
 # Lazy packages name submodules as strings; their own imports are of layer 0.
 CONFIG_LAYER = 1
