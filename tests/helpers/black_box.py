@@ -20,9 +20,10 @@ import time
 import traceback
 from typing import Any
 
-import deepspeed
 import torch
 from fixture_model import FixtureModel, rank_batches
+
+import deepspeed
 
 
 def train(rank: int, job: dict[str, Any]) -> dict[str, Any]:
