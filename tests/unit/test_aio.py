@@ -238,6 +238,22 @@ def test_descriptors_and_tensors_do_not_stay(path, monkeypatch):
     assert len(kept) == 2 and [ref() for ref in kept] == [None, None]
 
 
+def test_threads_end_with_the_object(path):
+    before = threading.active_count()
+    handle = AsyncIOBuilder().load().aio_handle(PAGE, 4)
+    handle.async_pwrite(torch.zeros(8 * PAGE), path)
+    assert handle.wait() == 1 and threading.active_count() > before
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("deepspeed-aio")]
+    del handle
+    gc.collect()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        for worker in workers:
+            worker.join(0.01)
+    assert threading.active_count() == before
+
+
 def test_aligned_memory():
     for numel, dtype in ((1, torch.uint8), (1000, torch.bfloat16), (3 << 20, torch.float32)):
         made = aligned_empty(numel, dtype)
@@ -406,6 +422,11 @@ def test_what_cannot_be_asked_for(io, path, monkeypatch):
     with pytest.raises(ValueError, match="offset must be >= 0 bytes, but is -1"):
         io.read(torch.zeros(4), path, -1)
     assert not os.path.exists(path)
+    Path(path).write_bytes(bytes(10))
+    with DataFile(path) as file, pytest.raises(ValueError, match=f"{path} was opened for reading"):
+        io.write(torch.zeros(1), file)
+    with pytest.raises(ValueError, match=f"{path} is closed"):
+        io.read(torch.zeros(1), file)
     for name in ("block_nbytes", "depth", "threads"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, but is 0"):
             FileIO(**{name: 0})

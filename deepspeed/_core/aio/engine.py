@@ -178,7 +178,8 @@ class FileIO:
         block_nbytes: unit of a call, > 0; rounded up to whole pages.
         depth: most blocks in flight at a time, > 0.
         threads: most calls in flight at a time, > 0, and not more than ``depth``; each takes ``depth // threads`` blocks,
-            up to 16 MiB. A thread that has to copy keeps a buffer of one call.
+            up to 16 MiB. A thread that has to copy keeps a buffer of one call. Beside Python code that holds the GIL, a
+            call may have to wait a few ms for it afterwards, so few large calls are better than many small ones.
         direct: open files past the page cache where the filesystem can.
     """
 
@@ -225,7 +226,8 @@ class FileIO:
             offset: in bytes, any.
 
         Raises:
-            ValueError: a tensor that is not contiguous, a negative offset, or a process that was forked off.
+            ValueError: a tensor that is not contiguous, a negative offset, a file that is closed or not for writing, or a
+                process that was forked off.
             RuntimeError: this object was closed.
             OSError: the path cannot be opened. What happens later is raised by waiting; also if the file ends early
                 (ENODATA).
@@ -291,6 +293,9 @@ class FileIO:
             )
         if offset < 0:
             raise ValueError(f"FileIO.{verb}: offset must be >= 0 bytes, but is {offset}")
+        if isinstance(file, DataFile) and (file.closed or (writing and not file.writable)):
+            state = "is closed" if file.closed else "was opened for reading; pass write=True to DataFile"
+            raise ValueError(f"FileIO.{verb}: {file.path} {state}")
         own = not isinstance(file, DataFile)
         opened = DataFile(file, write=writing, direct=self.direct) if not isinstance(file, DataFile) else file
         try:

@@ -110,6 +110,11 @@ class DataFile:
         """Whether aligned parts of requests go past the page cache."""
         return self._direct >= 0 and self.alignment > 1
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._buffered < 0
+
     def descriptor(self, direct: bool) -> int:
         """The descriptor for direct I/O, or the one through the page cache."""
         return self._direct if direct else self._buffered
