@@ -23,7 +23,7 @@ from deepspeed._core.ckpt.io import atomic_save, refused
 from deepspeed._core.ckpt.manifest import Manifest
 from deepspeed._core.ckpt.native import model_states_name, optim_states_name
 from deepspeed._core.ckpt.save import SaveJob, WriterOptions
-from deepspeed._core.ckpt.staging import Staging
+from deepspeed._core.ckpt.staging import Staging, check_tag
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.comm import doctor
 from deepspeed.runtime import optimizer_state, partitioned_state
@@ -165,8 +165,7 @@ def _check_names(tag: str, client_state: Mapping[str, Any]) -> None:
     taken = OWN_KEYS & set(client_state)
     if taken:
         raise ValueError(f"client_state uses keys that the checkpoint itself needs: {sorted(taken)}; rename them")
-    if not tag or Path(tag).name != tag or tag.startswith("."):
-        raise ValueError(f"tag {tag!r} cannot be a folder name; it must be one path component that begins with no dot")
+    check_tag(tag)
 
 
 def _refuse_objects(state: Mapping[str, Any]) -> None:

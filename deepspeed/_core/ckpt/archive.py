@@ -24,6 +24,9 @@ __all__ = ["Archive", "Sink", "save_archive"]
 
 _ALIGNMENT = 64
 
+# Records from this size on get 64-bit sizes, which zipfile itself wants from a little below 2 GiB on.
+_LARGE_NBYTES = 1 << 30
+
 # Tensors up to this size are copied when an archive is made: cheaper than keeping track of them.
 _SMALL_NBYTES = 64 << 10
 
@@ -85,12 +88,19 @@ class _Pickler(pickle.Pickler):
             return _rebuild(obj, False)
         if isinstance(obj, torch.nn.Parameter):
             return torch._utils._rebuild_parameter, (obj.detach(), obj.requires_grad, OrderedDict())
+        if isinstance(obj, torch.Tensor) and (obj.is_quantized or obj.is_nested):
+            raise ValueError(
+                f"a tensor of dtype {obj.dtype} and layout {obj.layout}{', nested' if obj.is_nested else ''} cannot be "
+                "saved: store what it is made of, such as plain tensors of its values and scales"
+            )
         if isinstance(obj, torch.Tensor) and obj.layout is torch.strided and obj.device.type != "meta":
             return _rebuild(self._source_of(obj), obj.requires_grad and obj.is_leaf)
         return NotImplemented
 
     def _source_of(self, tensor: torch.Tensor) -> Source:
-        key = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        # Conjugates and negatives may be other readings of the same memory.
+        reading = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        key = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), reading
         if not tensor.numel():
             return Rope([tensor], tensor.shape)
         if key not in self._seen:
@@ -138,6 +148,11 @@ class Archive:
     def nbytes(self) -> int:
         """About the size of the file."""
         return len(self._pickle) + sum(source.nbytes for source in self.sources)
+
+    @property
+    def torn(self) -> bool:
+        """Whether tensors were changed before they were written, without :meth:`freeze`: the file is worth nothing then."""
+        return any(source.torn for source in self.sources)
 
     def freeze(self) -> None:
         """The content from now on does not depend on the tensors that were given."""
@@ -198,9 +213,15 @@ def _write_record(
 ) -> None:
     info = zipfile.ZipInfo(f"archive/{name}")
     info.file_size = nbytes
-    large = nbytes >= 1 << 30  # 64-bit sizes, which zipfile itself wants from a little below 2 GiB on
+    large = nbytes >= _LARGE_NBYTES
     plain = 30 + len(info.filename) + (20 if large else 0)
     padding = -(output.position + plain + 4) % _ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # the field that torch uses, too
     with archive.open(info, "w", force_zip64=large) as entry:
+        begin = output.position
         fill(entry.write)
+    count = output.position - begin - (24 if large else 16)  # without the sizes and the checksum behind the data
+    if count != nbytes:
+        raise AssertionError(
+            f"record {name} was to have {nbytes} bytes, but its source gave {count}; please report this"
+        )

@@ -8,15 +8,20 @@ aligned buffers straight to the disk (``O_DIRECT``) where the file system takes 
 from __future__ import annotations
 
 import errno
+import io
 import mmap
 import os
+import queue
+import threading
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from deepspeed.errors import CheckpointError
 
@@ -26,6 +31,8 @@ BLOCK_NBYTES = 64 << 20
 """Bytes that one checksum covers: few numbers a file, and parts of a file can be checked by different ranks."""
 
 _BUFFER_NBYTES = 8 << 20
+_Bytes = npt.NDArray[np.uint8]
+
 _SECTOR = 4096  # what O_DIRECT wants lengths and offsets to be multiples of; no disk has larger sectors
 
 
@@ -52,28 +59,26 @@ class BlockFile:
             raise ValueError(
                 f"expected buffers of a multiple of {_SECTOR} bytes that divides {BLOCK_NBYTES}: {buffer_nbytes}"
             )
-        self._path = Path(path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._direct = True
-        try:
-            self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # Some file systems make the file all the same before they refuse.
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            self._file = os.open(path, flags, 0o666)
-            self._direct = False
+        # Mapped memory begins at a page, as O_DIRECT wants. As arrays: copying into those lets other threads run.
+        self._free: queue.SimpleQueue[_Bytes] = queue.SimpleQueue()
+        for _ in range(buffers):
+            self._free.put(np.frombuffer(mmap.mmap(-1, buffer_nbytes), dtype=np.uint8))
+        self._file, self._direct = _create(path)
         self._room = buffer_nbytes
-        self._free = [mmap.mmap(-1, buffer_nbytes) for _ in range(buffers)]
-        self._all = list(self._free)
-        self._filling: mmap.mmap | None = None
+        self._filling: _Bytes | None = None
         self._filled = 0
         self._position = 0
         self._sums: list[int] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-file")
-        self._writing: list[tuple[Future[None], mmap.mmap]] = []
+        self._error: BaseException | None = None
+        self._full: queue.SimpleQueue[tuple[_Bytes, int, int] | bool] = queue.SimpleQueue()
+        # Not an executor: those take no work any more while the interpreter waits for the last threads, which may be
+        # saving. The context waits for this one.
+        self._thread = threading.Thread(target=self._put_all, name="checkpoint-file", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> BlockFile:
         return self
@@ -81,15 +86,12 @@ class BlockFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._thread.shutdown(wait=True)
-            os.close(self._file)
-            self._writing.clear()
-            for buffer in self._all:
-                buffer.close()
+        if kind is None:
+            self._submit()
+        self._full.put(kind is None)
+        self._thread.join()
+        if kind is None:
+            self._check()
 
     @property
     def sum(self) -> FileSum:
@@ -102,55 +104,69 @@ class BlockFile:
         Raises:
             OSError: an earlier write has failed: the disk is full, for example.
         """
-        view = memoryview(data).cast("B")
+        given = np.frombuffer(data, dtype=np.uint8) if memoryview(data).nbytes else np.empty(0, np.uint8)
         done = 0
-        while done < len(view):
+        while done < len(given):
             if self._filling is None:
-                self._filling = self._free_buffer()
-            count = min(self._room - self._filled, len(view) - done)
-            self._filling[self._filled : self._filled + count] = view[done : done + count]
+                self._filling = self._free.get()
+                self._check()
+            count = min(self._room - self._filled, len(given) - done)
+            self._filling[self._filled : self._filled + count] = given[done : done + count]
             done += count
             self._filled += count
             if self._filled == self._room:
                 self._submit()
-        return len(view)
+        return len(given)
 
-    def _free_buffer(self) -> mmap.mmap:
-        if not self._free:
-            future, buffer = self._writing.pop(0)
-            self._free.append(buffer)
-            future.result()
-        return self._free.pop()
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def _submit(self) -> None:
-        if self._filling is None:
-            return
-        self._writing.append(
-            (self._thread.submit(self._put, self._filling, self._filled, self._position), self._filling)
-        )
-        self._position += self._filled
-        self._filling, self._filled = None, 0
+        if self._filling is not None:
+            self._full.put((self._filling, self._filled, self._position))
+            self._position += self._filled
+            self._filling, self._filled = None, 0
 
-    def _put(self, buffer: mmap.mmap, nbytes: int, offset: int) -> None:
-        """Runs in the thread."""
-        with memoryview(buffer) as view:
-            if offset % BLOCK_NBYTES:
-                self._sums[-1] = zlib.crc32(view[:nbytes], self._sums[-1])
-            else:
-                self._sums.append(zlib.crc32(view[:nbytes]))
-            # The last part of a file is written with what is behind it in the buffer, and cut off afterwards.
-            length = -(-nbytes // _SECTOR) * _SECTOR if self._direct else nbytes
-            done = 0
-            while done < length:
+    def _put_all(self) -> None:
+        """Runs in the thread, which owns the file: whoever waits for it may be interrupted."""
+        try:
+            while not isinstance(part := self._full.get(), bool):
                 try:
-                    done += os.pwrite(self._file, view[done:length], offset + done)
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not self._direct:
-                        raise
-                    self._go_buffered()
-                    length = nbytes
-                if done % _SECTOR and done < length:
-                    self._go_buffered()  # a short write, after which offsets are no longer aligned
+                    if self._error is None:
+                        self._put(*part)
+                except BaseException as error:
+                    self._error = error
+                self._free.put(part[0])
+            if part and self._error is None:
+                os.ftruncate(self._file, self._position)
+                os.fsync(self._file)
+        except BaseException as error:
+            self._error = error
+        finally:
+            try:
+                os.close(self._file)
+            except OSError as error:  # network file systems may keep a full disk to themselves until now
+                self._error = self._error or error
+
+    def _put(self, buffer: _Bytes, nbytes: int, offset: int) -> None:
+        if offset % BLOCK_NBYTES:
+            self._sums[-1] = zlib.crc32(buffer[:nbytes].data, self._sums[-1])
+        else:
+            self._sums.append(zlib.crc32(buffer[:nbytes].data))
+        # The last part of a file is written with what is behind it in the buffer, and cut off afterwards.
+        length = -(-nbytes // _SECTOR) * _SECTOR if self._direct else nbytes
+        done = 0
+        while done < length:
+            try:
+                done += os.pwrite(self._file, buffer[done:length].data, offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._go_buffered()
+                length = nbytes
+            if done % _SECTOR and done < length and self._direct:
+                self._go_buffered()  # a short write, after which offsets are no longer aligned
 
     def _go_buffered(self) -> None:
         """For the rest of this file: its file system accepts the flag, but not the writes."""
@@ -160,12 +176,20 @@ class BlockFile:
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
         self._direct = False
 
-    def _finish(self) -> None:
-        self._submit()
-        while self._writing:
-            self._free_buffer()
-        os.ftruncate(self._file, self._position)
-        os.fsync(self._file)
+
+def _create(path: str | os.PathLike[str]) -> tuple[int, bool]:
+    """A descriptor of a new file, and whether it takes direct writes."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(path, flags | direct, 0o666), bool(direct)
+    except OSError as error:
+        if not direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    # Some file systems make the file all the same before they refuse.
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.open(path, flags, 0o666), False
 
 
 def check_blocks(path: str | os.PathLike[str], known: FileSum, blocks: range | None = None) -> None:
@@ -176,24 +200,31 @@ def check_blocks(path: str | os.PathLike[str], known: FileSum, blocks: range | N
     """
     path = Path(path)
     check_size(path, known)
-    with path.open("rb", buffering=0) as file:
-        buffer = bytearray(min(_BUFFER_NBYTES, known.nbytes))
-        for block in range(len(known.crc32)) if blocks is None else blocks:
-            begin, end = block * known.block_nbytes, min((block + 1) * known.block_nbytes, known.nbytes)
-            file.seek(begin)
-            crc = 0
-            with memoryview(buffer) as view:
-                while begin < end:
-                    count = file.readinto(view[: min(len(view), end - begin)])
-                    if not count:
-                        break
-                    crc = zlib.crc32(view[:count], crc)
-                    begin += count
-            if begin < end or crc != known.crc32[block]:
-                raise CheckpointError(
-                    f"{path} is damaged: its bytes {block * known.block_nbytes} to {end} are not those that were written "
-                    "(the checksum differs). Copy the file again, or load another tag"
-                )
+    try:
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(min(_BUFFER_NBYTES, known.nbytes)))
+            for block in range(len(known.crc32)) if blocks is None else blocks:
+                begin, end = block * known.block_nbytes, min((block + 1) * known.block_nbytes, known.nbytes)
+                if _crc32(file, begin, end, buffer) != known.crc32[block]:
+                    raise CheckpointError(
+                        f"{path} is damaged: its bytes {begin} to {end} are not those that were written (the checksum "
+                        "differs). Copy the file again, or load another tag"
+                    )
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Copy the file again, or load another tag") from error
+
+
+def _crc32(file: io.FileIO, begin: int, end: int, buffer: memoryview) -> int | None:
+    """Of some bytes of a file; None if it ends before."""
+    file.seek(begin)
+    crc = 0
+    while begin < end:
+        count = file.readinto(buffer[: min(len(buffer), end - begin)])
+        if not count:
+            return None
+        crc = zlib.crc32(buffer[:count], crc)
+        begin += count
+    return crc
 
 
 def check_size(path: Path, known: FileSum) -> None:
@@ -202,6 +233,8 @@ def check_size(path: Path, known: FileSum) -> None:
         nbytes = path.stat().st_size
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, though it was written with the others of its folder") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Load another tag") from error
     if nbytes != known.nbytes:
         raise CheckpointError(
             f"{path} has {nbytes} bytes, but {known.nbytes} were written: it is truncated or was replaced. Copy the file "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from deepspeed._core.ckpt.archive import Archive
@@ -10,6 +11,16 @@ __all__ = ["before_change", "end_writing", "start_writing"]
 
 _lock = threading.Lock()
 _in_flight: list[Archive] = []
+
+
+def _forget() -> None:
+    """In a forked process: the thread that writes is not there, and may have held locks."""
+    global _lock, _in_flight
+    _lock, _in_flight = threading.Lock(), []
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def start_writing(archives: list[Archive]) -> None:

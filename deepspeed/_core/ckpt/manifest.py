@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -110,13 +109,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}. Load another tag, or remove it to skip all checks"
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {error}. {_WAY_OUT}") from error
     if not isinstance(content, dict) or "checksum" not in content:
-        raise CheckpointError(
-            f"{path} is no manifest of this package. Load another tag, or remove it to skip all checks"
-        )
+        raise CheckpointError(f"{path} is no manifest of this package. {_WAY_OUT}")
     checksum = content.pop("checksum")
     if isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise CheckpointError(
@@ -124,9 +119,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
             f"formats up to {FORMAT}: upgrade deepspeed"
         )
     if checksum != _checksum(content):
-        raise CheckpointError(
-            f"{path} is damaged: its own checksum differs. Load another tag, or remove it to skip all checks"
-        )
+        raise CheckpointError(f"{path} is damaged: its own checksum differs. {_WAY_OUT}")
     block = content["block_nbytes"]
     files = {name: FileSum(known["nbytes"], tuple(known["crc32"]), block) for name, known in content["files"].items()}
     fields = {name: content[name] for name in Manifest.__dataclass_fields__ if name != "files"}
@@ -145,15 +138,11 @@ def check_complete(folder: str | os.PathLike[str]) -> Manifest | None:
     return manifest
 
 
-# Between "." and this: what a save leaves behind when it is killed. See staging.py.
-_HIDDEN = re.compile(r"\..*")
-
-
 def known_tags(root: str | os.PathLike[str]) -> list[str]:
     """Tags of checkpoints of this package in a folder, newest first; damaged ones are left out."""
     found: list[tuple[float, int, str]] = []
     for folder in Path(root).iterdir():
-        if _HIDDEN.fullmatch(folder.name) or not folder.is_dir():
+        if folder.name.startswith(".") or not folder.is_dir():  # hidden: see staging.py
             continue
         try:
             manifest = check_complete(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from deepspeed._core.ckpt.guard import end_writing, start_writing
 from deepspeed._core.ckpt.io import atomic_write_text, fsync_folder
 from deepspeed._core.ckpt.manifest import Manifest, known_tags, write_manifest
 from deepspeed._core.ckpt.native import LATEST
-from deepspeed._core.ckpt.staging import Staging, hidden_name, remove_leftovers
+from deepspeed._core.ckpt.staging import Staging, hidden_name, remove_folder, remove_leftovers
 from deepspeed.errors import CheckpointError
 from deepspeed.utils.logging import logger
 
@@ -67,19 +66,24 @@ class SaveJob:
         Raises:
             CheckpointError, OSError: the checkpoint was not saved.
         """
-        archives = [archive for _, archive in self.files]
+        error: Exception | None = None
+        sums: dict[str, FileSum] = {}
         try:
-            error: Exception | None = None
-            sums: dict[str, FileSum] = {}
             for name, archive in self.files:
                 sink = _Tolerant(self.staging.folder / name, self.options)
-                archive.write(sink)
-                found = sink.close()
+                try:
+                    archive.write(sink)
+                finally:
+                    found = sink.close()
+                error = error or sink.error or self._torn(archive)
                 if found is not None:
                     sums[name] = found
-                error = error or sink.error
+        except BaseException:  # no matter of this rank's disk: a rank has died, or memory is used up
+            if self._leads:
+                self.staging.discard()
+            raise
         finally:
-            end_writing(archives)
+            end_writing([archive for _, archive in self.files])
         reports = self._agree(error, sums)
         error = None
         if self._leads:
@@ -88,6 +92,15 @@ class SaveJob:
             except Exception as caught:
                 error = caught
         self._agree(error, {})
+
+    def _torn(self, archive: Archive) -> CheckpointError | None:
+        if not archive.torn:
+            return None
+        return CheckpointError(
+            f"weights or optimizer state were changed by other code than engine.step while checkpoint {self.facts.tag} "
+            "was being saved in the background, which would have mixed old and new values. Change them before "
+            "save_checkpoint, or set checkpoint.async_save to false"
+        )
 
     @property
     def _leads(self) -> bool:
@@ -114,13 +127,16 @@ class SaveJob:
         write_manifest(staging.folder, replace(self.facts, files=files, saved_at=time.time()))
         staging.publish()
         script = root / "zero_to_fp32.py"
-        if not script.is_file() or script.read_text(encoding="utf-8") != self.script:
+        if not script.is_file() or script.read_bytes() != self.script.encode("utf-8"):
             atomic_write_text(script, self.script, mode=0o755)
         if self.latest:
             atomic_write_text(root / LATEST, self.facts.tag)
-        remove_leftovers(root)
-        if self.keep_last is not None:
-            _retire(root, self.facts.tag, self.keep_last)
+        try:
+            remove_leftovers(root)
+            if self.keep_last is not None:
+                _retire(root, self.facts.tag, self.keep_last)
+        except OSError as error:
+            logger.warning("checkpoint %s is saved, but older ones could not be removed: %s", staging.target, error)
 
 
 def _retire(root: Path, newest: str, keep: int) -> None:
@@ -135,7 +151,7 @@ def _retire(root: Path, newest: str, keep: int) -> None:
         # Hidden first, so that nobody finds half of it.
         hidden = root / hidden_name(tag, "gone")
         os.rename(root / tag, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove_folder(hidden)
     fsync_folder(root)
 
 
@@ -147,14 +163,14 @@ class _Tolerant:
         self._file: BlockFile | None = None
         try:
             self._file = BlockFile(path, buffer_nbytes=options.buffer_nbytes, buffers=options.buffers)
-        except OSError as error:
+        except Exception as error:
             self.error = error
 
     def write(self, data: Any) -> int:
         if self.error is None and self._file is not None:
             try:
                 return self._file.write(data)
-            except OSError as error:
+            except Exception as error:
                 self.error = error
         return memoryview(data).nbytes
 
@@ -165,7 +181,7 @@ class _Tolerant:
         failed = self.error
         try:
             self._file.__exit__(None if failed is None else type(failed), failed, None)
-        except OSError as error:
+        except Exception as error:
             self.error = self.error or error
         return None if self.error is not None else self._file.sum
 
@@ -218,5 +234,10 @@ class Saver:
 
         start_writing([archive for _, archive in job.files])
         # Not a daemon: the interpreter waits for it at exit.
-        self._thread = threading.Thread(target=work, name="deepspeed-checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=work, name="deepspeed-checkpoint")
+        try:
+            thread.start()
+        except RuntimeError:  # too many threads: the others have begun and wait for this rank's part
+            work()
+        else:
+            self._thread = thread

@@ -30,8 +30,12 @@ class Live:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._lock = threading.Lock()
-        self._flat: torch.Tensor | None = tensor.detach().reshape(-1)
-        self._copied = False
+        flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+        self._flat: torch.Tensor | None = flat
+        self._copied = flat.data_ptr() != tensor.data_ptr()
+        self._version = _version_of(flat)
+        #: Whether the tensor was changed before all of it was read or copied, so that what was read is no state it ever had.
+        self.torn = False
         #: First element of the tensor that is still there: those before were read for the last time.
         self._base = 0
         self.dtype = tensor.dtype
@@ -43,12 +47,14 @@ class Live:
             if self._flat is None:
                 raise AssertionError("a source was read after it was dropped")
             use(self._flat[begin - self._base : end - self._base].cpu())
+            self.torn |= not self._copied and _version_of(self._flat) != self._version
 
     def freeze(self) -> None:
         """Copies what is still to be read, unless that was done; the tensor may be changed from then on."""
         with self._lock:
             if self._flat is None or self._copied:
                 return
+            self.torn |= _version_of(self._flat) != self._version
             copy = empty_flat(self._flat.numel(), self.dtype)
             self._flat = copy.copy_(self._flat)
             self._copied = True
@@ -64,6 +70,11 @@ class Live:
                 self._flat, self._base = self._flat[before - self._base :], before
 
 
+def _version_of(tensor: torch.Tensor) -> int:
+    """Counts changes in place, where torch does."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Source:
     """A tensor of a checkpoint: what it is, and its elements in order.
 
@@ -73,6 +84,7 @@ class Source:
     """
 
     collective = False
+    _parts: Sequence[Live] = ()
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.shape = tuple(shape)
@@ -87,6 +99,11 @@ class Source:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def torn(self) -> bool:
+        """Whether the tensors it comes from were changed while they were read, without :meth:`freeze`."""
+        return any(part.torn for part in self._parts)
 
     def write(self, use: Callable[[torch.Tensor], None]) -> None:
         """Gives ``use`` all elements in order, in tiles: 1-D on the CPU, which it must not keep. Once only."""

@@ -8,6 +8,8 @@ saves can remove what dead ones left.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import secrets
@@ -16,29 +18,64 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from deepspeed._core.ckpt.io import fsync_folder
 from deepspeed._core.ckpt.manifest import MANIFEST
 from deepspeed.errors import CheckpointError
 
-__all__ = ["Staging", "hidden_name", "remove_leftovers", "visible"]
+__all__ = ["Staging", "check_tag", "hidden_name", "leftovers", "remove_folder", "remove_leftovers", "tag_of", "visible"]
 
-_LEFT = re.compile(r"\.(?P<tag>.+)\.(?P<host>[^.]*)\.(?P<pid>\d+)\.(?P<id>[0-9a-f]{8})\.(?P<kind>new|old|gone)")
+_HIDDEN = re.compile(
+    r"\.(?P<tag>.+)\.(?P<host>[^.]*)\.(?P<pid>\d+)\.(?P<id>[0-9a-f]{8})\.(?P<kind>new|old|gone)", re.DOTALL
+)
 
 # What another host's process left may be in use: it is removed when it has been untouched for so long.
-_STALE_S = 7 * 24 * 3600.0
+_STALE_S = 24 * 3600.0
 
-# Files of ours in a tag folder; others belong to the user and move along.
-_OURS = re.compile(r".*_(?:model|optim)_?states\.pt|manifest\.json|\..*\.tmp")
+# Files of ours in a tag folder, and what network file systems make of deleted ones; others belong to the user.
+_OURS = re.compile(r".*(?:model|optim)_?states\.pt|manifest\.json|\..*\.tmp|\.nfs[0-9a-f]+")
+
+_HOST_NBYTES = 40
+_TAG_NBYTES = 255 - _HOST_NBYTES - len("....1234567890.12345678.gone")  # 255: the longest name that file systems take
+
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # the host's own, by its number in Linux
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())
+    """Where a process number names one process: this host and, in a container, this container."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())
+    with suppress(OSError):
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        name += "" if namespace == _FIRST_PID_NAMESPACE else f"-{namespace:x}"
+    if len(name) > _HOST_NBYTES:
+        name = f"{name[: _HOST_NBYTES - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def hidden_name(tag: str, kind: str) -> str:
     """A new name of a folder that is not a checkpoint yet (``new``) or any more (``old`` if replaced, else ``gone``)."""
     return f".{tag}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
+
+
+def check_tag(tag: str) -> None:
+    """Whether a tag can name a folder, and be read back from ``latest``.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    if not tag or Path(tag).name != tag or tag.startswith(".") or "\0" in tag:
+        raise ValueError(f"tag {tag!r} cannot be a folder name; it must be one path component that begins with no dot")
+    if tag != tag.strip() or "\n" in tag or "\r" in tag:
+        raise ValueError(
+            f"tag {tag!r} cannot be read back from the file 'latest': leave out line ends and outer spaces"
+        )
+    try:
+        nbytes = len(tag.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise ValueError(f"tag {tag!r} has characters that are not Unicode text; use others") from None
+    if nbytes > _TAG_NBYTES:
+        raise ValueError(f"tag {tag[:40]!r}... has {nbytes} bytes; file systems leave room for {_TAG_NBYTES}")
 
 
 class Staging:
@@ -50,14 +87,26 @@ class Staging:
     """
 
     def __init__(self, root: Path, tag: str, name: str | None = None) -> None:
-        self._root = root
+        # A save in the background must not follow when the process changes its folder, or somebody a link.
+        self._root = Path(os.path.realpath(root))
         self.name = name or hidden_name(tag, "new")
-        self.folder = root / self.name
-        self.target = root / tag
+        self.folder = self._root / self.name
+        self.target = self._root / tag
 
     def create(self) -> None:
-        """Makes the folder, and the one that it is in. On one rank."""
+        """Makes the folder, and the one that it is in, after removing what killed saves left there. On one rank.
+
+        Raises:
+            ValueError: the tag cannot be a folder name.
+            CheckpointError: a file is in the place of the tag's folder.
+            OSError: the disk is full, or the folder is read-only.
+        """
+        check_tag(self.target.name)
         self._root.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(self.target) and not self.target.is_dir():
+            raise CheckpointError(f"{self.target} exists and is not a folder: remove it, or choose another tag")
+        with suppress(OSError):
+            remove_leftovers(self._root)
         self.folder.mkdir()
 
     def require(self) -> None:
@@ -79,31 +128,83 @@ class Staging:
             time.sleep(0.05)
 
     def publish(self) -> None:
-        """Gives the complete folder its name; what had it before is gone. On one rank."""
+        """Gives the complete folder its name; what had it before is gone, but for files of others. On one rank.
+
+        Raises:
+            OSError: it has no name then, and what had it before has it still.
+        """
         fsync_folder(self.folder)
         aside = self._root / (self.name.removesuffix("new") + "old")
-        replaced = self.target.exists()
-        if replaced:
-            os.rename(self.target, aside)
-        os.rename(self.folder, self.target)
+        while not self._swap(aside):  # another run has put its own there at this moment: the later one stays
+            _keep_foreign(aside, self.folder)
+            remove_folder(aside)
         fsync_folder(self._root)
-        if replaced:
-            _keep_foreign(aside, self.target)
-            shutil.rmtree(aside, ignore_errors=True)
+        _keep_foreign(aside, self.target)
+        remove_folder(aside)
+
+    def _swap(self, aside: Path) -> bool:
+        """The two renames; False if the name was taken in between."""
+        with suppress(FileNotFoundError):
+            os.rename(self.target, aside)
+        try:
+            os.rename(self.folder, self.target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            with suppress(OSError):
+                os.rename(aside, self.target)
+            raise
+        return True
 
     def discard(self) -> None:
         """Removes it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder as far as possible; of a link to one, the link."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _keep_foreign(old: Path, new: Path) -> None:
     """Moves what is not a checkpoint's from a replaced folder to the one that replaced it."""
-    if not old.is_dir():
+    if old.is_symlink() or not old.is_dir():
         return
     for path in old.iterdir():
-        if not _OURS.fullmatch(path.name) and not (new / path.name).exists():
+        universal = path.name == "zero" and (path / "optimizer_state.pt").is_file()
+        if not universal and not _OURS.fullmatch(path.name) and not os.path.lexists(new / path.name):
             with suppress(OSError):
                 os.rename(path, new / path.name)
+
+
+class Leftover(NamedTuple):
+    """A hidden folder: that of a save which is running or was killed."""
+
+    path: Path
+    tag: str
+    host: str
+    pid: int
+    kind: str
+    """``new``, ``old`` or ``gone``: see :func:`hidden_name`."""
+
+    @property
+    def save(self) -> str:
+        """Equal for the two folders of one save."""
+        return self.path.name.removesuffix(self.kind)
+
+
+def leftovers(root: str | os.PathLike[str]) -> list[Leftover]:
+    """The hidden folders of saves, running or killed, by name."""
+    found = []
+    for path in sorted(Path(root).iterdir()):
+        match = _HIDDEN.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            found.append(Leftover(path, match["tag"], match["host"], int(match["pid"]), match["kind"]))
+    return found
 
 
 def visible(root: str | os.PathLike[str], tag: str) -> Path:
@@ -111,48 +212,55 @@ def visible(root: str | os.PathLike[str], tag: str) -> Path:
     target = Path(root) / tag
     if target.exists() or not Path(root).is_dir():
         return target
-    left: dict[str, list[Path]] = {"new": [], "old": [], "gone": []}
-    for path in sorted(Path(root).iterdir()):
-        match = _LEFT.fullmatch(path.name)
-        if match is not None and match["tag"] == tag and path.is_dir():
-            left[match["kind"]].append(path)
-    if not left["old"]:
-        return target  # nothing was being replaced: what lies there was never published
-    ends = {path.name.removesuffix("old") for path in left["old"]}
-    complete = [p for p in left["new"] if p.name.removesuffix("new") in ends and (p / MANIFEST).is_file()]
-    return (complete or left["old"])[-1]
+    return _interrupted(leftovers(root), tag) or target
 
 
-def remove_leftovers(root: Path, *, keep: str = "") -> None:
-    """Removes hidden folders whose process has ended; what a killed save had moved aside gets its name back.
+def _interrupted(left: list[Leftover], tag: str) -> Path | None:
+    """Of saves that were replacing a tag: the newest complete folder."""
+    old = [one for one in left if one.tag == tag and one.kind == "old"]
+    saves = {one.save for one in old}  # others were never to be published
+    new = [one for one in left if one.kind == "new" and one.save in saves and (one.path / MANIFEST).is_file()]
+    return max((one.path for one in new or old), key=_changed_at, default=None)
 
-    Args:
-        root: the folder with the tags.
-        keep: name of the folder that is in use.
-    """
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def tag_of(folder: Path) -> str:
+    """The tag of a folder that :func:`visible` found."""
+    match = _HIDDEN.fullmatch(folder.name)
+    return match["tag"] if match is not None else folder.name
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes hidden folders whose process has ended; what a killed save had moved aside gets its name back."""
     if not root.is_dir():
         return
     host = _host()
-    for path in sorted(root.iterdir()):
-        match = _LEFT.fullmatch(path.name)
-        if match is None or path.name == keep or _in_use(match, host, path):
-            continue
-        with suppress(OSError):
-            best = visible(root, match["tag"])
-            if best != root / match["tag"]:
-                os.rename(best, root / match["tag"])
-            if path.exists():
-                shutil.rmtree(path, ignore_errors=True)
+    left = [one for one in leftovers(root) if not _in_use(one, host)]
+    for tag in {one.tag for one in left}:
+        best = _interrupted(left, tag)
+        if best is not None and not os.path.lexists(root / tag):
+            with suppress(OSError):
+                os.rename(best, root / tag)
+    for one in left:
+        if one.kind != "gone" and not (root / one.tag).is_dir() and _interrupted(left, one.tag) is not None:
+            continue  # it could not be renamed, and may be all that there is
+        if one.kind == "old":
+            _keep_foreign(one.path, root / one.tag)
+        remove_folder(one.path)
 
 
-def _in_use(match: re.Match[str], host: str, path: Path) -> bool:
-    if match["host"] != host:
-        with suppress(FileNotFoundError):
-            return time.time() - path.stat().st_mtime < _STALE_S
-        return False
+def _in_use(one: Leftover, host: str) -> bool:
+    if one.host != host:
+        return time.time() - _changed_at(one.path) < _STALE_S
     try:
-        os.kill(int(match["pid"]), 0)
-    except ProcessLookupError:
+        os.kill(one.pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
