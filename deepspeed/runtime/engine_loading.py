@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,20 +24,20 @@ from deepspeed._core.ckpt.io import load_file
 from deepspeed._core.ckpt.native import (
     LATEST,
     check_format,
-    find_tag_dir,
     model_states_path,
     optim_states_paths,
-    read_latest,
     read_zero_group_shapes,
 )
 from deepspeed._core.ckpt.reader import NativeZeroReader, ZeroReader
-from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL, UniversalReader, is_universal
+from deepspeed._core.ckpt.staging import tag_of
+from deepspeed._core.ckpt.universal import UniversalReader, is_universal
 from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
 from deepspeed._core.params.handle import handle_of
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
-from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, set_rng_state, together
+from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, mp_rank_of, set_rng_state, together
+from deepspeed.runtime.engine_choosing import choose, require_same
 from deepspeed.runtime.optimizer_loading import LoadPlan, ModelNames
 from deepspeed.runtime.zero.module_state import is_state_hook, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
@@ -92,21 +91,14 @@ def load(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See ``DeepSpeedEngine.load_checkpoint``. Everything is read and checked before anything is changed."""
 
-    def locate() -> Path | None:
-        wanted = tag
-        if wanted is None and engine.load_universal_checkpoint():
-            wanted = read_latest(load_dir, LATEST_UNIVERSAL)
-        if wanted is None and os.path.isdir(load_dir) and read_latest(load_dir) is None:
-            return None
-        return find_tag_dir(load_dir, wanted)
-
-    folder = together(locate)
-    _require_same(None if folder is None else folder.name, load_dir)
+    folder = choose(engine, load_dir, tag)
     if folder is None:
-        warning_once(f"{load_dir} has no '{LATEST}' file and no tag was given: nothing loaded")
+        warning_once(
+            f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
+        )
         return None, None
     opened = together(lambda: _open(engine, folder, what))
-    _require_same(f"{folder.name} of {opened.state.get('global_steps')} steps", load_dir)
+    require_same(f"{folder.name} of {opened.state.get('global_steps')} steps", load_dir)
     flat, reader = engine._flat, opened.reader
     together(lambda: _check_module(engine, opened, what))
     names = _model_names(engine, opened)
@@ -129,21 +121,11 @@ def load(
     if flat is not None:
         flat.zero_grad()
     together(lambda: _load_run(engine, opened.state, what))
-    engine.loaded_checkpoint_tag = folder.name
+    engine.loaded_checkpoint_tag = tag_of(folder)
     log_dist(f"loaded checkpoint {folder}")
     client_state = {key: value for key, value in opened.state.items() if key not in OWN_KEYS}
     # Clones, since the tensors are views of a file that may be removed.
     return str(opened.path), clone_tensors_for_torch_save(client_state)
-
-
-def _require_same(found: str | None, load_dir: str) -> None:
-    """Raises if ranks have found different things: other tags, or another content in folders of their own. Collective."""
-    every = gather(found)
-    if len(set(every)) > 1:
-        raise CheckpointError(
-            f"ranks would load different checkpoints: {dict(enumerate(every))} in {load_dir}. Give every rank the same "
-            "tag, and a folder that all of them see"
-        )
 
 
 def _tell(folder: Path, notes: list[str]) -> None:

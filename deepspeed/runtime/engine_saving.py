@@ -21,7 +21,7 @@ from deepspeed import comm as dist
 from deepspeed._core.ckpt.archive import Archive
 from deepspeed._core.ckpt.io import atomic_save, refused
 from deepspeed._core.ckpt.manifest import Manifest
-from deepspeed._core.ckpt.native import model_states_name, optim_states_name
+from deepspeed._core.ckpt.native import NATIVE_FORMAT, model_states_name, optim_states_name
 from deepspeed._core.ckpt.save import SaveJob, WriterOptions
 from deepspeed._core.ckpt.staging import Staging, check_tag
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
@@ -148,13 +148,14 @@ def _archives(
     files: list[tuple[str, Archive]] = []
     if writes and (first or engine._offload is not None):
         kept = clone_tensors_for_torch_save(client_state) if background else client_state
-        state = {**_model_state(engine, exclude_frozen, background), RNG: rng, **kept}
+        state = {**_model_state(engine, exclude_frozen, background), "ds_format": NATIVE_FORMAT, RNG: rng, **kept}
         files.append((_model_name(engine, rank), Archive(state)))
         if refused(files[-1][1].foreign_names()):
             _refuse_objects(state)
     if writes and flat is not None and flat.stage > 0:
         partition = optimizer_state.partition_state(flat, exchange)
         content = {"optimizer_state_dict": partition, "ds_config": _plain_config(engine), "ds_version": __version__}
+        content["ds_format"] = NATIVE_FORMAT
         files.append((_optim_name(engine, rank), Archive(content)))
         if refused(files[-1][1].foreign_names()):
             _refuse_objects({"optimizer": partition})
@@ -263,7 +264,7 @@ def _script() -> str:
 
 def save_weights(engine: DeepSpeedEngine, save_dir: str, filename: str, exclude_frozen: bool) -> bool:
     """See ``DeepSpeedEngine.save_16bit_model``."""
-    if not _maygather(engine):
+    if not _may_gather(engine):
         log_dist(
             f"save_16bit_model did not save {filename}: {_GATHER_OFF}",
             level=logging.WARNING,
@@ -286,7 +287,7 @@ _GATHER_OFF = (
 )
 
 
-def _maygather(engine: DeepSpeedEngine) -> bool:
+def _may_gather(engine: DeepSpeedEngine) -> bool:
     return engine._offload is None or bool(engine.zero_gather_16bit_weights_on_model_save())
 
 
@@ -298,7 +299,7 @@ def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
     Raises:
         ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``; an entry has no data.
     """
-    if not _maygather(engine):
+    if not _may_gather(engine):
         raise ValueError(f"the weights cannot be put together: {_GATHER_OFF}")
 
     def whole() -> dict[str, Any] | None:

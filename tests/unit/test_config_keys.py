@@ -28,6 +28,7 @@ OWN_KEYS = {
     "fp16.consecutive_skip_limit",
     "checkpoint.async_save",
     "checkpoint.keep_last",
+    "checkpoint.verify_checksums",
 }
 LISTED = (Path(__file__).parents[1] / "data" / "config-keys.txt").read_text()
 ENTRIES = [tuple(line.split(" ", 1)) for line in LISTED.splitlines()]

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepspeed._core.ckpt.staging import visible
 from deepspeed.errors import CheckpointError
 from deepspeed.version import __version__
 
@@ -85,7 +86,7 @@ def find_tag_dir(checkpoint_dir: StrPath, tag: str | None = None) -> Path:
     found = tag if tag is not None else read_latest(root)
     if found is None:
         raise CheckpointError(f"{root} has no file '{LATEST}', so a tag must be given; {_tags_in(root)}")
-    folder = root / str(found)
+    folder = visible(root, str(found))
     if not folder.is_dir():
         source = "the given tag" if tag is not None else f"the tag in {root / LATEST}"
         raise CheckpointError(f"{source} is {str(found)!r}, but {folder} is not a folder; {_tags_in(root)}")
@@ -156,5 +157,6 @@ def check_format(state: Mapping[str, Any], path: StrPath) -> None:
 
 
 def _tags_in(root: Path) -> str:
-    tags = sorted(p.name for p in root.iterdir() if p.is_dir() and any(p.glob("*_states.pt")))
+    found = (p for p in root.iterdir() if not p.name.startswith(".") and p.is_dir())
+    tags = sorted(p.name for p in found if any(p.glob("*_states.pt")))
     return f"tags in this folder: {', '.join(tags)}" if tags else "there is no folder with checkpoint files in it"

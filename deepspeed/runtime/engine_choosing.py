@@ -1,0 +1,83 @@
+"""Which checkpoint of a folder to load: the one that is asked for, or the newest that is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepspeed import comm as dist
+from deepspeed._core.ckpt.manifest import check_complete, known_tags
+from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
+from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
+from deepspeed.errors import CheckpointError
+from deepspeed.runtime.engine_checkpoint import gather, together
+from deepspeed.utils.logging import log_dist
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+__all__ = ["choose", "require_same"]
+
+
+def choose(engine: DeepSpeedEngine, load_dir: str, tag: str | None) -> Path | None:
+    """The folder to load, whose files are what was written; None if nothing is there. Collective.
+
+    Without a tag, it is what ``latest`` names or, if that is damaged or incomplete, the newest checkpoint that is not.
+    The ranks share the reading; a folder of another program has no checksums and is taken as it is.
+
+    Raises:
+        CheckpointError: the given one, or all, are missing or damaged; ranks see different folders.
+    """
+    wanted = tag
+    if wanted is None and engine.load_universal_checkpoint():
+        wanted = together(lambda: read_latest(load_dir, LATEST_UNIVERSAL))
+    candidates = [wanted] if wanted is not None else together(lambda: _candidates(load_dir))
+    require_same(candidates[0] if candidates else None, load_dir)
+    problem = ""
+    if candidates:  # one that is not there at all was not cut short, but removed or misspelt
+        together(lambda: find_tag_dir(load_dir, wanted))
+    for candidate in candidates:
+        found, problem = _examine(engine, load_dir, candidate)
+        if found is not None:
+            require_same(found.name, load_dir)
+            return found
+        if candidate != candidates[-1]:
+            log_dist(f"{problem}. Looking for an older checkpoint in {load_dir}", level=logging.WARNING)
+    if candidates:
+        raise CheckpointError(problem)
+    return None
+
+
+def _candidates(load_dir: str) -> list[str]:
+    """What ``latest`` names, then complete checkpoints, newest first."""
+    if not os.path.isdir(load_dir):
+        raise CheckpointError(f"{load_dir}: expected a checkpoint folder, but there is no such folder")
+    latest = read_latest(load_dir, LATEST)
+    return ([] if latest is None else [latest]) + [tag for tag in known_tags(load_dir) if tag != latest]
+
+
+def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str) -> tuple[Path | None, str]:
+    """The folder of a tag if all ranks find it whole; otherwise why not. Collective."""
+    folder, problem = None, None
+    checksums = engine._config.document.checkpoint.verify_checksums
+    try:
+        folder = find_tag_dir(load_dir, tag)
+        manifest = check_complete(folder)
+        if manifest is not None and checksums:
+            manifest.check_content(folder, dist.get_rank(), dist.get_world_size())
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text is not None]
+    return (None, problems[0]) if problems else (folder, "")
+
+
+def require_same(found: str | None, load_dir: str) -> None:
+    """Raises if ranks have found different things: other tags, or another content in folders of their own. Collective."""
+    every = gather(found)
+    if len(set(every)) > 1:
+        raise CheckpointError(
+            f"ranks would load different checkpoints: {dict(enumerate(every))} in {load_dir}. Give every rank the same "
+            "tag, and a folder that all of them see"
+        )
