@@ -36,6 +36,8 @@ def test_round_trip_of_what_checkpoints_and_client_state_hold(tmp_path: Path) ->
         "size": torch.Size([2, 3]),
         "names": {"x"},
         "pair": (1, None, 2.5),
+        "bytes": (b"", b"x"),
+        "frozen": frozenset({1, "a"}),
         "args": argparse.Namespace(lr=0.1),
         "best": np.float64(3.5),
         "count": np.int64(7),
@@ -50,7 +52,7 @@ def test_round_trip_of_what_checkpoints_and_client_state_hold(tmp_path: Path) ->
     assert torch.equal(back["torch_rng"], saved["torch_rng"])
     assert np.array_equal(back["numpy_rng"][1], saved["numpy_rng"][1])
     assert np.array_equal(back["flags"], saved["flags"])
-    for key in ("size", "names", "pair", "args", "best", "count", "label"):
+    for key in ("size", "names", "pair", "bytes", "frozen", "args", "best", "count", "label"):
         assert back[key] == saved[key]
         assert type(back[key]) is type(saved[key])
 

@@ -75,6 +75,8 @@ def _client_globals() -> dict[str, Callable[..., Any]]:
     names: dict[str, Callable[..., Any]] = {
         "argparse.Namespace": argparse.Namespace,
         "_codecs.encode": codecs.encode,  # how bytes are spelled in pickle protocol 2, which torch.save uses
+        "builtins.bytes": bytes,  # and empty ones
+        "builtins.frozenset": frozenset,
         "numpy.ndarray": np.ndarray,
         "numpy.dtype": np.dtype,
     }
