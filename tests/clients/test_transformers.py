@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 import deepspeed
+from deepspeed.checkpoint.ds_to_universal import convert
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint
 from tests.helpers.clients import Sequences, assert_identical, assert_weights_close, run_clients, tiny_gpt2
 
@@ -331,6 +333,35 @@ def test_resuming_is_bit_equal(stage: int, world_size: int, own: bool, tmp_path:
     check_checkpoint(out / "checkpoint-4", 4, stage, world_size, bf16=True)
     check_checkpoint(last, whole["steps"], stage, world_size, bf16=True)
     check_exports(last, Path(f"{out}-model"), whole["weights"], stage)
+
+
+def resume_universal(rank: int, world_size: int, out: str, ds: dict[str, Any]) -> dict[str, Any]:
+    """An uninterrupted run that saves, and a second one from its checkpoint in universal form, which is all that is left."""
+    trainer = make_trainer(out, ds, **SAVING)
+    trainer.train()
+    result: dict[str, Any] = {"whole": outcome(trainer)}
+    trainer.model_wrapped.destroy()
+    if rank == 0:
+        checkpoint = Path(out) / "checkpoint-4"
+        convert(checkpoint / "global_step4", checkpoint / "global_step4_universal")
+        shutil.rmtree(checkpoint / "global_step4")
+    torch.distributed.barrier()
+    trainer = make_trainer(out + "-again", {**ds, "checkpoint": {"load_universal": True}}, **SAVING)
+    trainer.train(resume_from_checkpoint=f"{out}/checkpoint-4")
+    result["resumed"] = outcome(trainer)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resuming_from_a_universal_folder_is_bit_equal(stage: int, tmp_path: Path) -> None:
+    for result in run_clients(resume_universal, 2, str(tmp_path / "run"), config(stage, optimizer=True)):
+        whole, resumed = result["whole"], result["resumed"]
+        assert resumed["steps"] == whole["steps"] > 4
+        for key in ("loss", "grad_norm", "lr"):
+            assert resumed[key] == whole[key], key
+        if stage < 3:  # partitioned weights are not in a state dict
+            assert_identical(resumed["weights"], whole["weights"])
 
 
 def check_exports(checkpoint: Path, model_dir: Path, weights: dict[str, torch.Tensor], stage: int) -> None:
