@@ -184,11 +184,13 @@ class Exchanged(Source):
         super().__init__((wanted.buffer_numels[rank] if numel is None else numel,), parts[0].dtype)
         self._parts = [Live(part) for part in parts]
         self._wanted, self._group, self._rank = wanted, group, rank
-        copies = reshard(held, wanted)
-        ranks = range(held.world_size)
-        by_offset = sorted(copies, key=lambda c: c.dst_offset)
-        self._outgoing = [[c for c in by_offset if c.src_rank == rank and c.dst_rank == r] for r in ranks]
-        self._incoming = [[c for c in by_offset if c.dst_rank == rank and c.src_rank == r] for r in ranks]
+        self._outgoing: list[list[Copy]] = [[] for _ in range(held.world_size)]
+        self._incoming: list[list[Copy]] = [[] for _ in range(held.world_size)]
+        for copy in sorted(reshard(held, wanted), key=lambda c: c.dst_offset):
+            if copy.src_rank == rank:
+                self._outgoing[copy.dst_rank].append(copy)
+            if copy.dst_rank == rank:
+                self._incoming[copy.src_rank].append(copy)
 
     def write(self, use: Callable[[torch.Tensor], None]) -> None:
         """See :meth:`Source.write`. Collective over the group."""
