@@ -79,7 +79,7 @@ def layout(rank: int, world: int, folder: str, stage: int, dtype: str) -> None:
     assert os.access(Path(folder, "zero_to_fp32.py"), os.X_OK)
 
     model = torch.load(tag / "mp_rank_00_model_states.pt", weights_only=True)  # no list of allowed classes
-    assert set(model) == {*MODEL_KEYS, "ds_rng_states", "epoch"}
+    assert set(model) == {*MODEL_KEYS, "ds_format", "ds_rng_states", "epoch"}
     assert model["dp_world_size"] == world and model["global_steps"] == 2 and model["global_samples"] == 16 * world
     assert model["shared_params"] == {"tied_back.weight": "inp.weight"}
     assert [n for g in model["param_shapes"] for n in g] == [n for g in groups_of(engine) for n in g]
@@ -91,7 +91,7 @@ def layout(rank: int, world: int, folder: str, stage: int, dtype: str) -> None:
     total = {}
     for name in optim:
         file = torch.load(tag / name, weights_only=True)
-        assert set(file) == {"optimizer_state_dict", "ds_config", "ds_version"}
+        assert set(file) == {"optimizer_state_dict", "ds_config", "ds_format", "ds_version"}
         state = file["optimizer_state_dict"]
         assert set(state) == OPTIM_KEYS and state["zero_stage"] == stage and state["partition_count"] == [world] * 2
         for index, flat in enumerate(state["single_partition_of_fp32_groups"]):

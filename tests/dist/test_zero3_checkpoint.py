@@ -209,7 +209,7 @@ def layout(rank: int, world: int, folder: str, dtype: str, sub_group: int | None
     theirs = torch.load(
         FIXTURES / "z3_fp32/ckpt/step3" / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=True
     )
-    assert set(own) == {*(set(theirs) - {"epoch", "note"}), "ds_rng_states", "epoch", "note"}
+    assert set(own) == {*(set(theirs) - {"epoch", "note"}), "ds_format", "ds_rng_states", "epoch", "note"}
     assert {k for k in own if own[k] is None} == {k for k in theirs if theirs[k] is None}
     params = dict(engine.module.named_parameters())
     for name, value in own["module"].items():
@@ -228,7 +228,7 @@ def layout(rank: int, world: int, folder: str, dtype: str, sub_group: int | None
     file = torch.load(tag / optim[rank], weights_only=True)
     reference = {"zero_stage", "loss_scaler", "dynamic_loss_scale", "overflow", "partition_count"}
     state = file["optimizer_state_dict"]
-    assert set(file) == {"optimizer_state_dict", "ds_config", "ds_version"}
+    assert set(file) == {"optimizer_state_dict", "ds_config", "ds_format", "ds_version"}
     assert set(state) == {*reference, "optimizer_state_dict", "fp32_flat_groups"}
     assert state["zero_stage"] == 3 and state["partition_count"] == world
     flats, inner = state["fp32_flat_groups"], state["optimizer_state_dict"]
