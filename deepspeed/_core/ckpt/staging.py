@@ -89,6 +89,7 @@ class Staging:
     def __init__(self, root: Path, tag: str, name: str | None = None) -> None:
         # A save in the background must not follow when the process changes its folder, or somebody a link.
         self._root = Path(os.path.realpath(root))
+        self._tag = tag
         self.name = name or hidden_name(tag, "new")
         self.folder = self._root / self.name
         self.target = self._root / tag
@@ -101,9 +102,9 @@ class Staging:
             CheckpointError: a file is in the place of the tag's folder.
             OSError: the disk is full, or the folder is read-only.
         """
-        check_tag(self.target.name)
+        check_tag(self._tag)
         self._root.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(self.target) and not self.target.is_dir():
+        if self.target.is_file():  # asked once, since another run may be replacing the folder at this moment
             raise CheckpointError(f"{self.target} exists and is not a folder: remove it, or choose another tag")
         with suppress(OSError):
             remove_leftovers(self._root)
