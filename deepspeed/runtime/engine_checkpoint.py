@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.native import OWN_KEYS, RNG
 from deepspeed.comm import agreement
 from deepspeed.errors import CheckpointError
 
@@ -19,33 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["OWN_KEYS", "RNG", "gather", "mp_rank_of", "rng_state", "set_rng_state", "together"]
 
 T = TypeVar("T")
-
-RNG = "ds_rng_states"
-
-# Keys of the model file that are ours (or the reference's); all others are the user's client state.
-OWN_KEYS = {
-    "module",
-    "buffer_names",
-    "optimizer",
-    "param_shapes",
-    "frozen_param_shapes",
-    "shared_params",
-    "frozen_param_fragments",
-    "lr_scheduler",
-    "data_sampler",
-    "random_ltd",
-    "sparse_tensor_module_names",
-    "skipped_steps",
-    "global_steps",
-    "global_samples",
-    "dp_world_size",
-    "mp_world_size",
-    "checkpoint_parallel_dimensions",
-    "ds_config",
-    "ds_format",
-    "ds_version",
-    RNG,
-}
 
 
 def together(action: Callable[[], T]) -> T:

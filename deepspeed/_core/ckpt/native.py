@@ -24,6 +24,8 @@ from deepspeed.version import __version__
 __all__ = [
     "LATEST",
     "NATIVE_FORMAT",
+    "OWN_KEYS",
+    "RNG",
     "check_format",
     "find_tag_dir",
     "model_states_name",
@@ -40,6 +42,34 @@ LATEST = "latest"
 
 NATIVE_FORMAT = 1
 """What files are marked with, as ``ds_format``, and the newest that this version reads. Files without it are older."""
+
+RNG = "ds_rng_states"
+"""Key of the random number generators' states of all ranks."""
+
+# Keys of the model file that are ours (or the reference's); all others are the user's client state.
+OWN_KEYS = {
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "lr_scheduler",
+    "data_sampler",
+    "random_ltd",
+    "sparse_tensor_module_names",
+    "skipped_steps",
+    "global_steps",
+    "global_samples",
+    "dp_world_size",
+    "mp_world_size",
+    "checkpoint_parallel_dimensions",
+    "ds_config",
+    "ds_format",
+    "ds_version",
+    RNG,
+}
 
 # The underscore before "optim" is missing in very old runs.
 _OPTIM_STATES = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
