@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.guard import before_change
 from deepspeed._core.ckpt.save import Saver
 from deepspeed.comm import doctor
 from deepspeed.comm.agreement import together
@@ -347,6 +348,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
         With ZeRO-3 every rank gives the same whole state dict, and takes its own part of it. Not collective.
         """
+        before_change()
         if custom_load_fn is not None:
             custom_load_fn(src=state_dict, dst=self.module)
         else:

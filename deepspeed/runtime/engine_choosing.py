@@ -33,11 +33,13 @@ def choose(engine: DeepSpeedEngine, load_dir: str, tag: str | None) -> Path | No
     wanted = tag
     if wanted is None and engine.load_universal_checkpoint():
         wanted = together(lambda: read_latest(load_dir, LATEST_UNIVERSAL))
-    candidates = [wanted] if wanted is not None else together(lambda: _candidates(load_dir))
+    if wanted is not None:
+        candidates = [wanted]
+        together(lambda: find_tag_dir(load_dir, wanted))
+    else:
+        candidates = together(lambda: _candidates(load_dir))
     require_same(candidates[0] if candidates else None, load_dir)
     problem = ""
-    if candidates:  # one that is not there at all was not cut short, but removed or misspelt
-        together(lambda: find_tag_dir(load_dir, wanted))
     for candidate in candidates:
         found, problem = _examine(engine, load_dir, candidate)
         if found is not None:
@@ -54,8 +56,17 @@ def _candidates(load_dir: str) -> list[str]:
     """What ``latest`` names, then complete checkpoints, newest first."""
     if not os.path.isdir(load_dir):
         raise CheckpointError(f"{load_dir}: expected a checkpoint folder, but there is no such folder")
-    latest = read_latest(load_dir, LATEST)
-    return ([] if latest is None else [latest]) + [tag for tag in known_tags(load_dir) if tag != latest]
+    complete = known_tags(load_dir)
+    try:
+        latest = read_latest(load_dir, LATEST)
+        if latest is not None:
+            find_tag_dir(load_dir)
+    except CheckpointError as error:
+        if not complete:
+            raise
+        log_dist(f"{error}. Looking for the newest checkpoint in {load_dir}", level=logging.WARNING)
+        return complete
+    return ([] if latest is None else [latest]) + [tag for tag in complete if tag != latest]
 
 
 def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str) -> tuple[Path | None, str]:

@@ -188,9 +188,21 @@ def _tag_dir(checkpoint_dir: str, tag: str | None) -> str:
     folder = os.path.join(checkpoint_dir, tag)
     if tag.startswith("."):
         raise ZeroCheckpointError(f"{source} is {tag!r}: names with a dot are of saves that have not finished")
+    if tag and not os.path.lexists(folder):
+        folder = _interrupted(checkpoint_dir, tag) or folder
     if not tag or not os.path.isdir(folder):
         raise FileNotFoundError(f"{source} is {tag!r}, but {folder} is not a folder")
     return folder
+
+
+def _interrupted(checkpoint_dir: str, tag: str) -> str | None:
+    """Of a save that was killed while it replaced the tag's folder: the new folder, which was complete, or the old one."""
+    replaced = re.compile(rf"\.{re.escape(tag)}\.[^.]*\.[0-9]+\.[0-9a-f]{{8}}\.old")
+    names = os.listdir(checkpoint_dir) if os.path.isdir(checkpoint_dir) else []
+    old = [os.path.join(checkpoint_dir, name) for name in names if replaced.fullmatch(name)]
+    new = [path[: -len("old")] + "new" for path in old]
+    complete = [path for path in new if os.path.isfile(os.path.join(path, "manifest.json"))]
+    return max(complete or old, key=os.path.getmtime, default=None)
 
 
 # ---- From files to named weights ------------------------------------------------------------------------------------

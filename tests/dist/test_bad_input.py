@@ -113,7 +113,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "optimizer file of another world": (edit(optim(1), set_count(3)), "mixes two saves"),
     "optimizer file lacks elements": (edit(optim(0), fewer_elements), "group 0"),
     "weights of another shape": (edit(MODEL, reshape), r"'mid.bias' \(11,\) in the model and \(12,\)"),
-    "weights of other names": (edit(MODEL, rename), "not in the checkpoint: 'mid.bias'.*in the checkpoint only: 'middle.bias'"),
+    "weights of other names": (
+        edit(MODEL, rename),
+        "not in the checkpoint: 'mid.bias'.*in the checkpoint only: 'middle.bias'",
+    ),
     "other parameters trained": (edit(MODEL, other_trained), "mid.weight|group 0"),
     "no parameter names": (edit(MODEL, lambda c: {**c, "param_shapes": None}), "param_shapes"),
     "no schedule index": (edit(MODEL, lambda c: {**c, "lr_scheduler": {"x": 1}}), "last_batch_iteration"),
@@ -135,9 +138,10 @@ def damaged_checkpoints(rank: int, world: int, root: str) -> None:
         # Once as it is, when sizes and checksums tell; then as a folder that never had such.
         for wanted in ("", message):
             disk = files_in(folder)
-            with pytest.raises(CheckpointError) as caught:
-                engine.load_checkpoint(str(folder))
-            assert caught.match(f"(?s){wanted}"), name
+            if wanted or not name.startswith("latest"):  # the one checkpoint is whole, and found without that file
+                with pytest.raises(CheckpointError) as caught:
+                    engine.load_checkpoint(str(folder))
+                assert caught.match(f"(?s){wanted}"), name
             assert_same(snapshot(engine), before, name)
             assert files_in(folder) == disk, name
             torch.distributed.barrier()

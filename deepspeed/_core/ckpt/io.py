@@ -157,15 +157,16 @@ def atomic_save(obj: Any, path: StrPath) -> None:
         torch.save(obj, stream)
 
 
-def atomic_write_text(path: StrPath, text: str, *, mode: int | None = None) -> None:
+def atomic_write_text(path: StrPath, text: str, *, mode: int | None = None, scratch: Path | None = None) -> None:
     """Write ``text`` (UTF-8, newlines as given) so that readers see the old content or the new one.
 
     Args:
         path: the file.
         text: its content.
         mode: permission bits, such as 0o755 for a script; None leaves them to the umask.
+        scratch: the temporary file, in the same folder; None makes up a name.
     """
-    with _replacing(Path(path), mode) as stream:
+    with _replacing(Path(path), mode, scratch) as stream:
         stream.write(text.encode("utf-8"))
 
 
@@ -176,11 +177,11 @@ def refused(names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def _replacing(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
+def _replacing(path: Path, mode: int | None = None, scratch: Path | None = None) -> Iterator[IO[bytes]]:
     """A stream whose content becomes ``path`` when the block ends well, and leaves nothing behind when it does not."""
     # Same folder: a rename across file systems is a copy. Random: two runs may write the same path. Not mkstemp: it
     # makes the file private, and colleagues who share the folder could not load it.
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    scratch = scratch or path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with scratch.open("xb") as stream:
             yield stream

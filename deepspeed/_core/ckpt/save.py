@@ -128,9 +128,9 @@ class SaveJob:
         staging.publish()
         script = root / "zero_to_fp32.py"
         if not script.is_file() or script.read_bytes() != self.script.encode("utf-8"):
-            atomic_write_text(script, self.script, mode=0o755)
+            atomic_write_text(script, self.script, mode=0o755, scratch=root / hidden_name(script.name, "new"))
         if self.latest:
-            atomic_write_text(root / LATEST, self.facts.tag)
+            atomic_write_text(root / LATEST, self.facts.tag, scratch=root / hidden_name(LATEST, "new"))
         try:
             remove_leftovers(root)
             if self.keep_last is not None:

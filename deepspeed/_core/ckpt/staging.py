@@ -163,8 +163,8 @@ class Staging:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder as far as possible; of a link to one, the link."""
-    if path.is_symlink():
+    """Removes a folder as far as possible; of a link to one, the link. Or a file."""
+    if path.is_symlink() or path.is_file():
         with suppress(OSError):
             path.unlink()
     else:
@@ -183,7 +183,7 @@ def _keep_foreign(old: Path, new: Path) -> None:
 
 
 class Leftover(NamedTuple):
-    """A hidden folder: that of a save which is running or was killed."""
+    """A hidden folder, or a file such as ``latest`` to be: of a save which is running or was killed."""
 
     path: Path
     tag: str
@@ -199,11 +199,11 @@ class Leftover(NamedTuple):
 
 
 def leftovers(root: str | os.PathLike[str]) -> list[Leftover]:
-    """The hidden folders of saves, running or killed, by name."""
+    """The hidden folders and files of saves, running or killed, by name."""
     found = []
     for path in sorted(Path(root).iterdir()):
         match = _HIDDEN.fullmatch(path.name)
-        if match is not None and path.is_dir():
+        if match is not None and (path.is_dir() or path.is_file()):
             found.append(Leftover(path, match["tag"], match["host"], int(match["pid"]), match["kind"]))
     return found
 
@@ -238,7 +238,7 @@ def tag_of(folder: Path) -> str:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes hidden folders whose process has ended; what a killed save had moved aside gets its name back."""
+    """Removes hidden folders and files whose process has ended; what a killed save had moved aside gets its name back."""
     if not root.is_dir():
         return
     host = _host()
