@@ -51,7 +51,7 @@ def check_exported(folder: Path, expected: dict[int, State], tag: str | None = N
 
 
 def check_survives(loader: Any, folder: Path, mode: str, expected: dict[int, State], what: str) -> int:
-    """Loads what a killed save left, exports it, saves, and finds nothing left over. The step that was loaded. Collective."""
+    """Loads what a killed save left, exports it, saves; nothing is left over. The step that was loaded. Collective."""
     rank = torch.distributed.get_rank()
     left = folder / "latest"
     path, _ = loader.load_checkpoint(str(folder))

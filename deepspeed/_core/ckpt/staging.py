@@ -104,7 +104,8 @@ class Staging:
         """
         check_tag(self._tag)
         self._root.mkdir(parents=True, exist_ok=True)
-        if self.target.is_file():  # asked once, since another run may be replacing the folder at this moment
+        # Not "is there, but is no folder": another run may be replacing the folder between two questions.
+        if self.target.is_file() or (self.target.is_symlink() and not self.target.exists()):
             raise CheckpointError(f"{self.target} exists and is not a folder: remove it, or choose another tag")
         with suppress(OSError):
             remove_leftovers(self._root)
