@@ -18,6 +18,7 @@ from deepspeed._core.layout.spans import bucketed, contiguous
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.version import __version__
 
 __all__ = ["group_shapes", "partition_state", "whole_state"]
@@ -67,7 +68,8 @@ def partition_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup |
 
 def _progress(flat: FlatOptimizer) -> dict[str, Any]:
     return {
-        "loss_scaler": flat.loss_scaler.state_dict(),
+        # The object, by its public name: the reference goes on with what it finds here, and its stage 3 insists on it.
+        "loss_scaler": flat.loss_scaler,
         "dynamic_loss_scale": flat.dynamic_loss_scale,
         "overflow": flat.overflow,
     }
@@ -118,12 +120,16 @@ def _contiguous_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup
     masters: list[Source] = []
     state: dict[int, dict[str, Any]] = {}
     paddings: list[int] = []
+    mappings: list[OrderedDict[str, fragment_address]] = []
     rank, world = flat.transport.rank, flat.transport.world_size
     for index, shapes in enumerate(group_shapes(flat)):
         buckets = [b for b in flat.buckets if b.group_index == index]
         wanted = contiguous({name: shape.numel() for name, shape in shapes.items()}, world)
         padding = wanted.padding[rank]
         paddings.append(padding)
+        # For the reference's converter; our reader knows the layout.
+        spans = [span for span in wanted.of_rank(rank) if span.numel]
+        mappings.append(OrderedDict((s.name, fragment_address(s.numel, s.offset)) for s in spans))
         if not buckets:
             masters.append(Rope([]))
             continue
@@ -150,6 +156,7 @@ def _contiguous_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup
         "zero_stage": int(flat.stage),
         "group_paddings": paddings,
         "partition_count": [world] * len(paddings),
+        "param_slice_mappings": mappings,
         "ds_version": __version__,
     }
 
@@ -179,6 +186,7 @@ def whole_state(flat: FlatOptimizer, in_module: Collection[str]) -> dict[str, An
     return {
         "dynamic_loss_scale": flat.dynamic_loss_scale,
         "cur_scale": flat.loss_scale,
+        "cur_iter": 0,  # of a static scaler, too: the reference insists on it
         **{key: progress[key] for key in ("cur_iter", "last_overflow_iter") if key in progress},
         "loss_scaler": flat.loss_scaler.state_dict(),
         "optimizer_state_dict": inner,

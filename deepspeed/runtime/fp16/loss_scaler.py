@@ -31,6 +31,10 @@ class LossScalerBase:
     def update_scale(self, overflow: bool) -> None:
         """Nothing to adapt in a static scaler."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For readers of checkpoints, which see attributes only; in the reference this is one.
+        return {**vars(self), "dynamic": self.dynamic}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values only, so that a checkpoint with them loads with ``weights_only=True``."""
         return dict(vars(self))
