@@ -1,0 +1,378 @@
+"""Saving, loading and exporting a 300 M-parameter model with Adam state: time, and peak memory beside the training.
+
+    python benchmarks/checkpoint.py --reference-python REF/bin/python --folder /scratch
+
+Two ranks train two steps in bf16 and save (twice; the second counts, the first warms up). New processes load it, on as
+many, half and twice as many ranks, from a cold page cache. The disk is measured in the same run: one process writing and
+reading as many bytes in order, by the faster of buffered and direct I/O.
+
+| candidate | what it is |
+| --- | --- |
+| `ours0` .. `ours3` | `save_checkpoint`, `load_checkpoint` of this package at that stage |
+| `ours2_async`, `ours3_async` | the same with `checkpoint.async_save`; *blocked* is what training waits for |
+| `reference2`, `reference3` | the released package |
+| `torch` | DDP; rank 0 `torch.save`s model and optimizer, every rank `torch.load`s them (mmap) |
+| `dcp` | FSDP2 with `torch.distributed.checkpoint` |
+
+Memory is the larger rank's peak during the call, above what was resident before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ADAM = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+
+
+# -- one rank ----------------------------------------------------------------------------------------------------------
+
+
+def _status_nbytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+@contextlib.contextmanager
+def _measured(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Seconds of a block, and the peak of resident memory above what was there."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before, started = _status_nbytes("VmRSS"), time.perf_counter()
+    yield
+    found[f"{name}_s"] = time.perf_counter() - started
+    found[f"{name}_peak"] = _status_nbytes("VmHWM") - before
+    dist.barrier()
+
+
+def _engine(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": ADAM},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": int(args.candidate.split("_")[0][-1])},
+    }
+    if args.candidate.endswith("_async"):
+        config["checkpoint"] = {"async_save": True}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    found["origin"] = deepspeed.__file__
+    return engine
+
+
+def worker(args: argparse.Namespace) -> dict[str, Any]:
+    """Does what the driver asked for, on one rank, and returns what it took."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(HERE))
+    from gpt import GPT, Shape
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    shape = Shape(layers=args.layers, hidden=args.hidden, heads=16, vocabulary=8192, sequence=16)
+    model = GPT(shape)
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    tokens = torch.randint(8192, (1, 17), generator=torch.Generator().manual_seed(args.rank))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    folder = Path(args.folder)
+    if args.candidate.startswith(("ours", "reference")):
+        _drive_engine(args, _engine(args, model, found), x, y, folder, found)
+    else:
+        _drive_torch(args, model, x, y, folder, found)
+    dist.barrier()
+    return found
+
+
+def _drive_engine(args: argparse.Namespace, engine: Any, x: Any, y: Any, folder: Path, found: dict[str, Any]) -> None:
+    def step() -> float:
+        started = time.perf_counter()
+        engine.backward(engine(x, y))
+        engine.step()
+        return time.perf_counter() - started
+
+    if args.do == "load":
+        with _measured(found, "load"):
+            path, _ = engine.load_checkpoint(str(folder))
+        if path is None:
+            raise RuntimeError("nothing was loaded")
+        found["step_s"] = step()
+        return
+    step()
+    plain = step()
+    background = args.candidate.endswith("_async")
+    for name in ("warm", "save"):
+        with _measured(found, name):
+            engine.save_checkpoint(str(folder), tag=name)
+        if background:
+            # Copies are made, if any, before the step changes the state; the rest of the slower step shares the cores.
+            found["beside_s"] = step()
+            found["plain_step_s"] = plain
+            started = time.perf_counter()
+            engine._saver.settle()
+            found["settle_s"] = time.perf_counter() - started
+
+
+def _drive_torch(args: argparse.Namespace, model: Any, x: Any, y: Any, folder: Path, found: dict[str, Any]) -> None:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    if args.candidate == "dcp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (args.world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **{**ADAM, "betas": tuple(ADAM["betas"])})
+
+    def step() -> None:
+        model(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    folder.mkdir(exist_ok=True)
+    if args.do == "load":
+        with _measured(found, "load"):
+            if args.candidate == "dcp":
+                weights, state = get_state_dict(model, optimizer)
+                content = {"model": weights, "optimizer": state}
+                dcp.load(content, checkpoint_id=folder / "save")
+                set_state_dict(
+                    model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"]
+                )
+            else:
+                content = torch.load(folder / "save.pt", mmap=True, weights_only=True)
+                model.load_state_dict(content["model"])
+                optimizer.load_state_dict(content["optimizer"])
+        return
+    for name in ("warm", "save"):
+        with _measured(found, name):
+            if args.candidate == "dcp":
+                weights, state = get_state_dict(model, optimizer)
+                dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
+            elif dist.get_rank() == 0:
+                with open(folder / f"{name}.pt", "wb") as stream:
+                    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+
+
+# -- the driver --------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(args: argparse.Namespace, candidate: str, do: str, world: int, folder: Path) -> dict[str, Any]:
+    """Runs one candidate on ``world`` fresh processes; the slower rank's times, the larger one's memory."""
+    reference = candidate.startswith("reference")
+    python = args.reference_python if reference else sys.executable
+    port = free_port()
+    ranks = []
+    with tempfile.TemporaryDirectory() as place:
+        for rank in range(world):
+            env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DS_ACCELERATOR")}
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+            env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world)}
+            env |= {"DS_ACCELERATOR": "cpu"} if reference else {"PYTHONPATH": str(HERE.parent)}
+            command = [python, str(HERE / "checkpoint.py"), "--worker", "--candidate", candidate, "--do", do]
+            command += ["--rank", str(rank), "--world", str(world), "--folder", str(folder)]
+            command += ["--layers", str(args.layers), "--hidden", str(args.hidden), "--answer", f"{place}/{rank}"]
+            log = open(f"{place}/{rank}.log", "w")  # noqa: SIM115 - closed with the folder
+            ranks.append(
+                (subprocess.Popen(command, env=env, cwd=place, stdout=log, stderr=log), Path(f"{place}/{rank}.log"))
+            )
+        failed = [(rank, path) for rank, (process, path) in enumerate(ranks) if process.wait()]
+        if failed:
+            raise RuntimeError(f"{candidate} {do}: rank {failed[0][0]} failed:\n{failed[0][1].read_text()[-2000:]}")
+        answers = [json.loads(Path(f"{place}/{rank}").read_text()) for rank in range(world)]
+    return {key: max(a[key] for a in answers) if key != "origin" else answers[0][key] for key in answers[0]}
+
+
+def forget(folder: Path) -> int:
+    """Drops the files below from the page cache; returns their size."""
+    nbytes = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+            nbytes += path.stat().st_size
+    return nbytes
+
+
+def disk_rates(folder: Path, nbytes: int) -> tuple[float, float]:
+    """Bytes a second that one process writes (synced) and reads in order: the faster of buffered and direct."""
+    size = 16 << 20
+    buffer = mmap.mmap(-1, size)
+    buffer.write(os.urandom(size))
+    count = max(nbytes // size, 1)
+    path = folder / "rate.bin"
+    best = [0.0, 0.0]
+    for flag in (0, getattr(os, "O_DIRECT", 0)):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | flag)
+            started = time.perf_counter()
+            for block in range(count):
+                os.pwritev(handle, [buffer], block * size)
+            os.fsync(handle)
+            best[0] = max(best[0], count * size / (time.perf_counter() - started))
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            for block in range(count):
+                os.preadv(handle, [buffer], block * size)
+            best[1] = max(best[1], count * size / (time.perf_counter() - started))
+            os.close(handle)
+    path.unlink()
+    return best[0], best[1]
+
+
+def export(folder: Path, out: Path) -> dict[str, float]:
+    """Seconds and peak memory of the script in the folder, writing safetensors."""
+    import resource
+
+    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    command = [
+        sys.executable,
+        str(folder / "zero_to_fp32.py"),
+        str(folder),
+        str(out),
+        "--safe_serialization",
+        "-t",
+        "save",
+    ]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    shutil.rmtree(out, ignore_errors=True)
+    return {"export_s": seconds, "export_peak": (peak if peak > before else 0) * 1024}
+
+
+def measure(args: argparse.Namespace, candidate: str, root: Path) -> dict[str, Any]:
+    folder = root / candidate
+    found = run(args, candidate, "save", 2, folder)
+    shutil.rmtree(folder / "warm", ignore_errors=True)
+    (folder / "warm.pt").unlink(missing_ok=True)
+    found["nbytes"] = forget(folder)
+    found["disk_write"], found["disk_read"] = disk_rates(root, min(found["nbytes"], 4 << 30))
+    base = candidate.removesuffix("_async")
+    for world in args.worlds if candidate == base else ():
+        if candidate.startswith("reference") and world != 2:
+            continue  # it refuses
+        forget(folder)
+        try:
+            loaded = run(args, base, "load", world, folder)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            continue
+        found[f"load{world}_s"], found[f"load{world}_peak"] = loaded["load_s"], loaded["load_peak"]
+    if candidate.startswith("ours") and candidate == base:
+        forget(folder)
+        found |= export(folder, root / "export")
+    shutil.rmtree(folder)
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """One row a candidate."""
+    head = ("candidate", 12), ("GB", 5), ("save s", 7), ("GB/s", 5), ("/disk", 6), ("MiB", 6)
+    head += (
+        ("load s", 7),
+        ("GB/s", 5),
+        ("/disk", 6),
+        ("MiB", 6),
+        ("at 1", 6),
+        ("at 4", 6),
+        ("export", 7),
+        ("blocked", 8),
+    )
+    lines = [" ".join(f"{text:{width}}" if text == "candidate" else f"{text:>{width}}" for text, width in head)]
+    for name, r in results.items():
+        size = r["nbytes"] / 1e9
+        background = name.endswith("_async")
+        total = r["save_s"] + (r["beside_s"] + r["settle_s"] if background else 0)
+        row = f"{name:12} {size:5.2f} {total:7.2f} {size / total:5.2f} {size / total / r['disk_write'] * 1e9:6.2f} "
+        row += f"{r['save_peak'] / 2**20:6.0f} "
+        if "load2_s" in r:
+            rate = size / r["load2_s"]
+            row += f"{r['load2_s']:7.2f} {rate:5.2f} {rate / r['disk_read'] * 1e9:6.2f} {r['load2_peak'] / 2**20:6.0f} "
+        else:
+            row += f"{'':28}"
+        row += " ".join(f"{r[key]:6.2f}" if key in r else f"{'':6}" for key in ("load1_s", "load4_s")) + " "
+        row += f"{r['export_s']:7.2f} " if "export_s" in r else f"{'':8}"
+        row += f"{r['save_s'] + max(r['beside_s'] - r['plain_step_s'], 0):8.2f}" if background else ""
+        lines.append(row)
+    disk = [(r["disk_write"] / 1e9, r["disk_read"] / 1e9) for r in results.values()]
+    lines.append(
+        f"disk, measured beside each candidate, GB/s: {', '.join(f'{w:.2f} write {r:.2f} read' for w, r in disk)}"
+    )
+    lines.append("blocked: seconds in save_checkpoint plus what the next step took longer than one without a save.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", default="ours2,ours2_async,ours3,ours3_async,torch,dcp")
+    parser.add_argument("--reference-python", default="", help="interpreter of a venv that has the released package")
+    parser.add_argument(
+        "--folder", default="", help="where to write (several GB); default: the system's temporary folder"
+    )
+    parser.add_argument("--layers", type=int, default=23)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--worlds", type=lambda text: [int(w) for w in text.split(",")], default=[2, 1, 4])
+    parser.add_argument("--json", default="")
+    for name in ("--candidate", "--do", "--answer"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    for name in ("--rank", "--world"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        Path(args.answer).write_text(json.dumps(worker(args)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as root:
+        for candidate in args.candidates.split(","):
+            print(f"measuring {candidate}", file=sys.stderr, flush=True)
+            try:
+                results[candidate] = measure(args, candidate, Path(root))
+            except RuntimeError as error:
+                print(f"FAILED {error}", file=sys.stderr)
+            shutil.rmtree(Path(root) / candidate, ignore_errors=True)
+    print(table(results))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
