@@ -77,15 +77,18 @@ class Moments:
 
 
 @contextlib.contextmanager
-def failing(place: Any, name: str, error: OSError, after: int = 0) -> Iterator[None]:
-    """``place.name`` raises, but for the first ``after`` calls."""
+def failing(
+    place: Any, name: str, error: OSError, after: int = 0, when: Callable[..., bool] = lambda *_, **__: True
+) -> Iterator[None]:
+    """``place.name`` raises for calls with such arguments, but for the first ``after`` of them."""
     real, calls = getattr(place, name), 0
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls > after:
-            raise error
+        if when(*args, **kwargs):
+            calls += 1
+            if calls > after:
+                raise error
         return real(*args, **kwargs)
 
     setattr(place, name, broken)
