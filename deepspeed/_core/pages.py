@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["empty_flat", "in_huge_pages"]
+__all__ = ["empty_flat", "in_huge_pages", "zeros_flat"]
 
 _PAGE_NBYTES = mmap.PAGESIZE
 
@@ -54,3 +54,8 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 def empty_flat(numel: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """``torch.empty(numel)``, in huge pages where that is possible."""
     return in_huge_pages(torch.empty(numel, dtype=dtype, device=device))
+
+
+def zeros_flat(numel: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """``torch.zeros(numel)``, in huge pages where that is possible: asked for before the zeros are written."""
+    return empty_flat(numel, dtype, device).zero_()

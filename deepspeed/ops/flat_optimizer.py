@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed._core.pages import in_huge_pages
+from deepspeed._core.pages import zeros_flat
 from deepspeed._core.step.kernels import check_flat, compute_dtype
 from deepspeed.errors import ConfigError
 
@@ -46,7 +46,7 @@ def _staggered_zeros(p: Tensor, dtype: torch.dtype, index: int) -> Tensor:
     if p.device.type != "cpu" or p.numel() < _STAGGER_FROM_NUMEL:
         return torch.zeros(p.shape, dtype=dtype, device=p.device)
     skip = index * _STAGGER_NBYTES // dtype.itemsize
-    return in_huge_pages(torch.zeros(p.numel() + skip, dtype=dtype))[skip:].view(p.shape)
+    return zeros_flat(p.numel() + skip, dtype)[skip:].view(p.shape)
 
 
 class FlatOptimizer(torch.optim.Optimizer):

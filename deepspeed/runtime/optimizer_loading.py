@@ -17,6 +17,7 @@ import torch
 from deepspeed._core.ckpt.compare import differences, listed
 from deepspeed._core.ckpt.reader import MASTER, ZeroGroup, ZeroReader
 from deepspeed._core.layout.spans import ShardLayout, Span
+from deepspeed._core.pages import zeros_flat
 from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
@@ -343,8 +344,8 @@ def _keys(reader: ZeroReader, target: _Target, saved: ZeroGroup) -> list[str]:
 
 
 def _state_tensor(reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None) -> torch.Tensor:
-    state = torch.zeros_like(target.tensor, memory_format=torch.contiguous_format)
-    flat = state.view(-1)
+    flat = zeros_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
+    state = flat.view(target.tensor.shape)
     for index, layout in target.parts.items():
         if key in reader.groups[index].state_keys:
             reader.fill(None, key, layout, 0, flat)
