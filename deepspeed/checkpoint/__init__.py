@@ -2,4 +2,4 @@
 
 from deepspeed._core.lazy import attach
 
-__getattr__, __dir__ = attach(__name__, ("ds_to_universal", "utils"))
+__getattr__, __dir__ = attach(__name__, ("ds_to_universal", "inspect", "utils"))
