@@ -99,7 +99,7 @@ def inspect(
     root = Path(folder)
     if not root.is_dir():
         raise CheckpointError(f"{root}: expected a checkpoint folder, but there is no such folder")
-    itself = any(root.glob("*mp_rank_*_states.pt")) or (root / MANIFEST).is_file()
+    itself = _is_tag_folder(root)
     places = [] if itself else _tag_folders(root)
     if tag is None and not places and (itself or is_checkpoint(root)):
         name = Path(os.path.abspath(root)).name
@@ -115,6 +115,10 @@ def inspect(
     tags[shown], checkpoint = _describe(shown, Path(tags[shown].path), verify, progress)
     hidden = {one.path.name: sum(files_of(one.path).values()) for one in leftovers(root)}
     return Report(str(folder), latest, universal, tuple(tags[name] for name in newest), hidden, shown, checkpoint)
+
+
+def _is_tag_folder(root: Path) -> bool:
+    return any(root.glob("*mp_rank_*_states.pt")) or (root / MANIFEST).is_file()
 
 
 def _tag_folders(root: Path) -> list[tuple[str, Path]]:
@@ -204,7 +208,8 @@ def compare(
 
     Args:
         one, two: folders as in :func:`inspect`.
-        tag: in both folders, or in the first if ``tag_two`` is given.
+        tag, tag_two: of the first and the second folder, where these are not tag folders themselves; ``tag_two`` is
+            ``tag`` by default.
         values: also compare all weights, masters and optimizer state, a tile at a time.
         progress: called now and then while that goes on.
 
@@ -213,7 +218,7 @@ def compare(
     """
     opened = []
     for folder, wanted in ((one, tag), (two, tag_two if tag_two is not None else tag)):
-        report = inspect(folder, wanted)
+        report = inspect(folder, None if _is_tag_folder(Path(folder)) else wanted)
         (found,) = (known for known in report.tags if known.name == report.shown)
         if found.status == "damaged":
             raise CheckpointError(f"{found.path} cannot be compared: {found.problem}")
