@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspeed import comm as dist
+from deepspeed._core.bars import bytes_bar
 from deepspeed._core.ckpt.manifest import check_complete, known_tags
 from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
 from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
@@ -77,7 +78,9 @@ def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str) -> tuple[Path | N
         folder = find_tag_dir(load_dir, tag)
         manifest = check_complete(folder)
         if manifest is not None and checksums:
-            manifest.check_content(folder, dist.get_rank(), dist.get_world_size())
+            part, parts = dist.get_rank(), dist.get_world_size()
+            with bytes_bar(manifest.nbytes // parts, f"checking {tag}") as progress:
+                manifest.check_content(folder, part, parts, progress)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems = [text for text in gather(problem) if text is not None]

@@ -30,7 +30,7 @@ from deepspeed.runtime import optimizer_state, partitioned_state
 from deepspeed.runtime.config_sections.checkpoint import CheckpointWriterConfig
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, rng_state, together
 from deepspeed.runtime.zero.module_state import check_has_data, named_handles
-from deepspeed.utils.logging import log_dist
+from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.version import __version__
 
 if TYPE_CHECKING:
@@ -58,8 +58,13 @@ def save(
     together(lambda: _check_names(chosen, client_state))
     _validate_tag(engine, chosen)
     settings = engine._config.document.checkpoint
-    background = bool(settings.async_save)
     flat = engine._flat
+    background = bool(settings.async_save) and not (flat is not None and flat.keeps_files)
+    if settings.async_save and not background:
+        warning_once(
+            "checkpoint.async_save has no effect with optimizer states on NVMe: saving in the background would have to hold all "
+            "of them in memory before the next step"
+        )
     if flat is not None:
         flat.settle_weights()
     world, exchange = _groups(engine)
@@ -78,6 +83,7 @@ def save(
         script=_script(),
         group=world,
         options=_writer_options(settings.writer),
+        quiet=background,
     )
     doctor.now.phase = "save_checkpoint"  # for the hang doctor: who waits here waits for a file
     engine._saver.run(job, background=background, then=lambda: log_dist(f"saved checkpoint {staging.target}"))

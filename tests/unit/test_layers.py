@@ -17,6 +17,7 @@ LAYERS = {
     "deepspeed.errors": 0,
     "deepspeed._core.lazy": 0,
     "deepspeed._core.compat": 0,
+    "deepspeed._core.bars": 0,
     "deepspeed._core.pages": 0,
     "deepspeed._core.slurm": 0,
     "deepspeed.utils.logging": 0,

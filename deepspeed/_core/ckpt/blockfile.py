@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,8 +193,13 @@ def _create(path: str | os.PathLike[str]) -> tuple[int, bool]:
     return os.open(path, flags, 0o666), False
 
 
-def check_blocks(path: str | os.PathLike[str], known: FileSum, blocks: range | None = None) -> None:
-    """Reads blocks of a file (all by default) and compares their checksums.
+def check_blocks(
+    path: str | os.PathLike[str],
+    known: FileSum,
+    blocks: range | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Reads blocks of a file (all by default) and compares their checksums; tells ``progress`` how many bytes it read.
 
     Raises:
         CheckpointError: the file is missing, has another size, or a block has other content.
@@ -210,6 +216,8 @@ def check_blocks(path: str | os.PathLike[str], known: FileSum, blocks: range | N
                         f"{path} is damaged: its bytes {begin} to {end} are not those that were written (the checksum "
                         "differs). Copy the file again, or load another tag"
                     )
+                if progress is not None:
+                    progress(end - begin)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Copy the file again, or load another tag") from error
 

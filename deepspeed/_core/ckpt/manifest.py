@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,10 @@ class Manifest:
         for name, known in self.files.items():
             check_size(folder / name, known)
 
-    def check_content(self, folder: Path, part: int = 0, parts: int = 1) -> None:
-        """Reads one of ``parts`` equal parts of all bytes, and compares checksums.
+    def check_content(
+        self, folder: Path, part: int = 0, parts: int = 1, progress: Callable[[int], object] | None = None
+    ) -> None:
+        """Reads one of ``parts`` equal parts of all bytes, and compares checksums; tells ``progress`` what it has read.
 
         Raises:
             CheckpointError: names the file and the damaged bytes.
@@ -71,7 +73,7 @@ class Manifest:
         blocks = [(name, block) for name, known in self.files.items() for block in range(len(known.crc32))]
         low, high = len(blocks) * part // parts, len(blocks) * (part + 1) // parts
         for name, run in _runs(blocks[low:high]):
-            check_blocks(folder / name, self.files[name], run)
+            check_blocks(folder / name, self.files[name], run, progress)
 
 
 def _runs(blocks: Iterable[tuple[str, int]]) -> Iterable[tuple[str, range]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed
 
+from deepspeed._core.bars import bytes_bar
 from deepspeed._core.ckpt.archive import Archive
 from deepspeed._core.ckpt.blockfile import BlockFile, FileSum
 from deepspeed._core.ckpt.guard import end_writing, start_writing
@@ -48,6 +49,7 @@ class SaveJob:
         script: content of ``zero_to_fp32.py``.
         group: a group of all ranks that nobody else uses meanwhile; None for a single rank.
         options: how files are written.
+        quiet: whether to show no progress.
     """
 
     staging: Staging
@@ -59,6 +61,7 @@ class SaveJob:
     script: str
     group: torch.distributed.ProcessGroup | None
     options: WriterOptions
+    quiet: bool = True
 
     def run(self) -> None:
         """Writes and publishes; an error on any rank is raised on all, and leaves what was there before.
@@ -68,16 +71,18 @@ class SaveJob:
         """
         error: Exception | None = None
         sums: dict[str, FileSum] = {}
+        nbytes = 0 if self.quiet else sum(archive.nbytes for _, archive in self.files)
         try:
-            for name, archive in self.files:
-                sink = _Tolerant(self.staging.folder / name, self.options)
-                try:
-                    archive.write(sink)
-                finally:
-                    found = sink.close()
-                error = error or sink.error or self._torn(archive)
-                if found is not None:
-                    sums[name] = found
+            with bytes_bar(nbytes, f"saving {self.facts.tag}") as progress:
+                for name, archive in self.files:
+                    sink = _Tolerant(self.staging.folder / name, self.options, progress)
+                    try:
+                        archive.write(sink)
+                    finally:
+                        found = sink.close()
+                    error = error or sink.error or self._torn(archive)
+                    if found is not None:
+                        sums[name] = found
         except BaseException:  # no matter of this rank's disk: a rank has died, or memory is used up
             if self._leads:
                 self.staging.discard()
@@ -158,8 +163,9 @@ def _retire(root: Path, newest: str, keep: int) -> None:
 class _Tolerant:
     """A file that keeps its first error to itself, so that the communication behind the data goes on for the other ranks."""
 
-    def __init__(self, path: Path, options: WriterOptions) -> None:
+    def __init__(self, path: Path, options: WriterOptions, progress: Callable[[int], object] = int) -> None:
         self.error: Exception | None = None
+        self._progress = progress
         self._file: BlockFile | None = None
         try:
             self._file = BlockFile(path, buffer_nbytes=options.buffer_nbytes, buffers=options.buffers)
@@ -169,7 +175,7 @@ class _Tolerant:
     def write(self, data: Any) -> int:
         if self.error is None and self._file is not None:
             try:
-                return self._file.write(data)
+                self._progress(self._file.write(data))
             except Exception as error:
                 self.error = error
         return memoryview(data).nbytes
