@@ -17,7 +17,7 @@ from deepspeed.errors import CheckpointError
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-__all__ = ["OWN_KEYS", "RNG", "gather", "mp_rank_of", "rng_state", "set_rng_state", "together"]
+__all__ = ["OWN_KEYS", "RNG", "gather", "mp_rank_of", "rng_state", "saving_groups", "set_rng_state", "together"]
 
 T = TypeVar("T")
 
@@ -64,3 +64,21 @@ def set_rng_state(engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     if "device" in state and engine.device.type == "cuda":
         torch.cuda.set_rng_state(state["device"].clone(), engine.device)
+
+
+def saving_groups(
+    engine: DeepSpeedEngine,
+) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
+    """All ranks, and those that share optimizer state, as groups for saving only. The first call is collective."""
+    if engine._saver.groups is None:
+        world = dist.get_world_size()
+        everyone: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        sharing = everyone
+        if world > 1 and engine.dp_world_size < world:
+            found = gather(torch.distributed.get_process_group_ranks(engine.dp_process_group))
+            for ranks in sorted({tuple(ranks) for ranks in found}):
+                group: Any = torch.distributed.new_group(list(ranks), backend="gloo")
+                if dist.get_rank() in ranks:
+                    sharing = group if len(ranks) > 1 else None
+        engine._saver.groups = everyone, sharing
+    return engine._saver.groups

@@ -14,6 +14,7 @@ from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
 from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.engine_checkpoint import gather, together
+from deepspeed.runtime.engine_local import node_ranks
 from deepspeed.utils.logging import log_dist
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def choose(engine: DeepSpeedEngine, load_dir: str, tag: str | None) -> Path | No
     else:
         candidates = together(lambda: _candidates(load_dir))
     require_same(candidates[0] if candidates else None, load_dir)
+    candidates = gather(candidates)[0]  # nodes with storage of their own may have kept different ones
     problem = ""
     for candidate in candidates:
         found, problem = _examine(engine, load_dir, candidate)
@@ -73,12 +75,13 @@ def _candidates(load_dir: str) -> list[str]:
 def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str) -> tuple[Path | None, str]:
     """The folder of a tag if all ranks find it whole; otherwise why not. Collective."""
     folder, problem = None, None
+    sharing = node_ranks(engine)
     checksums = engine._config.document.checkpoint.verify_checksums
     try:
         folder = find_tag_dir(load_dir, tag)
         manifest = check_complete(folder)
         if manifest is not None and checksums:
-            part, parts = dist.get_rank(), dist.get_world_size()
+            part, parts = sharing.index(dist.get_rank()), len(sharing)
             with bytes_bar(manifest.nbytes // parts, f"checking {tag}") as progress:
                 manifest.check_content(folder, part, parts, progress)
     except (CheckpointError, OSError) as error:

@@ -38,6 +38,7 @@ from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, mp_rank_of, set_rng_state, together
 from deepspeed.runtime.engine_choosing import choose, require_same
+from deepspeed.runtime.engine_local import gathered_files
 from deepspeed.runtime.optimizer_loading import LoadPlan, ModelNames
 from deepspeed.runtime.zero.module_state import is_state_hook, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
@@ -97,8 +98,17 @@ def load(
             f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
         )
         return None, None
+    with gathered_files(engine, folder) as whole:
+        opened, client_state = _load_from(engine, whole, load_dir, what)
+    engine.loaded_checkpoint_tag = tag_of(folder)
+    log_dist(f"loaded checkpoint {folder}")
+    return str(folder / opened.path.name), client_state
+
+
+def _load_from(engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadWhat) -> tuple[_Opened, dict[str, Any]]:
+    """Loads a folder that has all files of a checkpoint; returns it and the client state."""
     opened = together(lambda: _open(engine, folder, what))
-    require_same(f"{folder.name} of {opened.state.get('global_steps')} steps", load_dir)
+    require_same(f"{tag_of(folder)} of {opened.state.get('global_steps')} steps", load_dir)
     flat, reader = engine._flat, opened.reader
     together(lambda: _check_module(engine, opened, what))
     names = _model_names(engine, opened)
@@ -121,11 +131,9 @@ def load(
     if flat is not None:
         flat.zero_grad()
     together(lambda: _load_run(engine, opened.state, what))
-    engine.loaded_checkpoint_tag = tag_of(folder)
-    log_dist(f"loaded checkpoint {folder}")
     client_state = {key: value for key, value in opened.state.items() if key not in OWN_KEYS}
     # Clones, since the tensors are views of a file that may be removed.
-    return str(opened.path), clone_tensors_for_torch_save(client_state)
+    return opened, clone_tensors_for_torch_save(client_state)
 
 
 def _tell(folder: Path, notes: list[str]) -> None:

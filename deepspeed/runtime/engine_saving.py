@@ -28,7 +28,8 @@ from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.comm import doctor
 from deepspeed.runtime import optimizer_state, partitioned_state
 from deepspeed.runtime.config_sections.checkpoint import CheckpointWriterConfig
-from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, rng_state, together
+from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, rng_state, saving_groups, together
+from deepspeed.runtime.engine_local import node_ranks
 from deepspeed.runtime.zero.module_state import check_has_data, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.version import __version__
@@ -59,18 +60,17 @@ def save(
     _validate_tag(engine, chosen)
     settings = engine._config.document.checkpoint
     flat = engine._flat
-    background = bool(settings.async_save) and not (flat is not None and flat.keeps_files)
-    if settings.async_save and not background:
-        warning_once(
-            "checkpoint.async_save has no effect with optimizer states on NVMe: saving in the background would have to hold all "
-            "of them in memory before the next step"
-        )
+    background = _in_background(engine)
     if flat is not None:
         flat.settle_weights()
-    world, exchange = _groups(engine)
+    world, exchange = saving_groups(engine)
     rng = gather(rng_state(engine))
-    files = together(lambda: _archives(engine, exclude_frozen, rng, client_state, exchange, background))
-    staging, members = _stage(engine, Path(save_dir), chosen)
+    here = node_ranks(engine)
+    # Each node with storage of its own has the file that the ranks share.
+    first = here[0] if len(here) < dist.get_world_size() else 0
+    shared = dist.get_rank(engine.dp_process_group) == 0 or dist.get_rank() == first
+    files = together(lambda: _archives(engine, exclude_frozen, rng, client_state, exchange, background, shared))
+    staging, members = _stage(Path(save_dir), chosen, here)
     job = SaveJob(
         staging=staging,
         files=files,
@@ -78,7 +78,7 @@ def save(
             chosen, 0.0, engine.global_steps, flat.stage if flat is not None else 0, dist.get_world_size(), __version__
         ),
         members=members,
-        latest=save_latest and 0 in members,  # of ranks with tags of their own, the first decides
+        latest=save_latest and here[0] in members,  # of ranks with tags of their own, the first decides
         keep_last=settings.keep_last,
         script=_script(),
         group=world,
@@ -87,6 +87,22 @@ def save(
     )
     doctor.now.phase = "save_checkpoint"  # for the hang doctor: who waits here waits for a file
     engine._saver.run(job, background=background, then=lambda: log_dist(f"saved checkpoint {staging.target}"))
+    return True
+
+
+def _in_background(engine: DeepSpeedEngine) -> bool:
+    """Three keys ask for it: ours, the fast writer's, and that of DataStates."""
+    document, flat = engine._config.document, engine._flat
+    writer = document.checkpoint.writer
+    decoupled = writer is not None and writer.decoupled
+    if not (document.checkpoint.async_save or decoupled or document.datastates_ckpt is not None):
+        return False
+    if flat is not None and flat.keeps_files:
+        warning_once(
+            "checkpoint.async_save has no effect with optimizer states on NVMe: saving in the background would have to "
+            "hold all of them in memory before the next step"
+        )
+        return False
     return True
 
 
@@ -101,32 +117,14 @@ def settle(engine: DeepSpeedEngine) -> None:
     together(engine._saver.settle)
 
 
-def _groups(
-    engine: DeepSpeedEngine,
-) -> tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None]:
-    """All ranks, and those that share optimizer state, as groups for saving only. The first call is collective."""
-    if engine._saver.groups is None:
-        world = dist.get_world_size()
-        everyone: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
-        sharing = everyone
-        if world > 1 and engine.dp_world_size < world:
-            found = gather(torch.distributed.get_process_group_ranks(engine.dp_process_group))
-            for ranks in sorted({tuple(ranks) for ranks in found}):
-                group: Any = torch.distributed.new_group(list(ranks), backend="gloo")
-                if dist.get_rank() in ranks:
-                    sharing = group if len(ranks) > 1 else None
-        engine._saver.groups = everyone, sharing
-    return engine._saver.groups
-
-
-def _stage(engine: DeepSpeedEngine, root: Path, tag: str) -> tuple[Staging, list[int]]:
+def _stage(root: Path, tag: str, here: list[int]) -> tuple[Staging, list[int]]:
     """The hidden folder for this save, and the ranks that share it. Collective.
 
-    All ranks share one, unless they were given different tags.
+    Ranks share one that see the same storage (``here``) and were given the same tag.
     """
     proposed = Staging(root, tag)
     votes = gather((tag, proposed.name))
-    members = [rank for rank, (other, _) in enumerate(votes) if other == tag]
+    members = [rank for rank in here if votes[rank][0] == tag]
     leader = members[0]
     staging = Staging(root, tag, votes[leader][1])
     together(staging.create if dist.get_rank() == leader else lambda: None)
@@ -146,13 +144,13 @@ def _archives(
     client_state: dict[str, Any],
     exchange: torch.distributed.ProcessGroup | None,
     background: bool,
+    shared: bool,
 ) -> list[tuple[str, Archive]]:
     """This rank's files: names and content. Refuses content that could not be loaded again, before anything is written."""
     flat = engine._flat
     rank, _, writes = partitioned_state.shard_rank(engine)
-    first = dist.get_rank(engine.dp_process_group) == 0
     files: list[tuple[str, Archive]] = []
-    if writes and (first or engine._offload is not None):
+    if writes and (shared or engine._offload is not None):
         kept = clone_tensors_for_torch_save(client_state) if background else client_state
         state = {**_model_state(engine, exclude_frozen, background), "ds_format": NATIVE_FORMAT, RNG: rng, **kept}
         files.append((_model_name(engine, rank), Archive(state)))

@@ -56,12 +56,11 @@ GATES: tuple[Gate, ...] = (
     Gate("expert_parallel.enabled", "expert parallelism", _OFF),
     Gate("pipeline.*", "pipeline parallelism"),
     # Checkpoints
-    Gate("checkpoint.use_node_local_storage", "node-local checkpoints", "Save to storage that all nodes share."),
     Gate("checkpoint.parallel_write.pipeline_stage", "parallel writing", _OFF),
     Gate("checkpoint.checkpoint_serialization", "saving without serialisation"),
-    Gate("checkpoint.writer", "the fast writer"),
     Gate("nebula.enabled", "Nebula checkpointing", _OFF),
-    Gate("datastates_ckpt", "asynchronous checkpoints"),
+    Gate("checkpoint.writer.type", "a writer that writes nothing", "Use FAST or PYTHON.", allowed=("FAST", "PYTHON")),
+    Gate("checkpoint.writer.data_parallel", "a choice of writers", "All ranks write their own shards."),
     # Everything else
     Gate("activation_checkpointing.*", "activation checkpointing", "Use torch.utils.checkpoint in the model."),
     Gate("flops_profiler.enabled", "the flops profiler", _OFF),

@@ -35,6 +35,7 @@ LAYERS = {
     "deepspeed.runtime.engine_checkpoint": 4,
     "deepspeed.runtime.engine_choosing": 4,
     "deepspeed.runtime.engine_loading": 4,
+    "deepspeed.runtime.engine_local": 4,
     "deepspeed.runtime.engine_saving": 4,
     "deepspeed.launcher": 5,
     "deepspeed.env_report": 5,

@@ -30,6 +30,9 @@ _HIDDEN = re.compile(
     r"\.(?P<tag>.+)\.(?P<host>[^.]*)\.(?P<pid>\d+)\.(?P<id>[0-9a-f]{8})\.(?P<kind>new|old|gone)", re.DOTALL
 )
 
+# Network file systems may take seconds to show a new folder to other nodes.
+_PATIENCE_S = 10.0
+
 # What another host's process left may be in use: it is removed when it has been untouched for so long.
 _STALE_S = 24 * 3600.0
 
@@ -117,7 +120,7 @@ class Staging:
         Raises:
             CheckpointError: it does not.
         """
-        deadline = time.monotonic() + 10.0  # network file systems may take seconds to show a new folder
+        deadline = time.monotonic() + _PATIENCE_S
         while not self.folder.is_dir():
             with suppress(OSError):
                 os.listdir(self._root)  # refreshes what the client has cached
