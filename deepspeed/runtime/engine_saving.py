@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
@@ -153,17 +154,24 @@ def _archives(
     if writes and (shared or engine._offload is not None):
         kept = clone_tensors_for_torch_save(client_state) if background else client_state
         state = {**_model_state(engine, exclude_frozen, background), "ds_format": NATIVE_FORMAT, RNG: rng, **kept}
-        files.append((_model_name(engine, rank), Archive(state)))
-        if refused(files[-1][1].foreign_names()):
-            _refuse_objects(state)
+        files.append((_model_name(engine, rank), _archive(state, state)))
     if writes and flat is not None and flat.stage > 0:
         partition = optimizer_state.partition_state(flat, exchange)
         content = {"optimizer_state_dict": partition, "ds_config": _plain_config(engine), "ds_version": __version__}
         content["ds_format"] = NATIVE_FORMAT
-        files.append((_optim_name(engine, rank), Archive(content)))
-        if refused(files[-1][1].foreign_names()):
-            _refuse_objects({"optimizer": partition})
+        files.append((_optim_name(engine, rank), _archive(content, {"optimizer": partition})))
     return files
+
+
+def _archive(content: dict[str, Any], named: Mapping[str, Any]) -> Archive:
+    """``content`` as a file; ``named`` are its parts by the names that an error gives them."""
+    try:
+        archive = Archive(content)
+    except (pickle.PicklingError, TypeError, AttributeError):  # these are what pickle says of lambdas, locks, files, ...
+        _refuse_objects(named)
+    if refused(archive.foreign_names()):
+        _refuse_objects(named)
+    return archive
 
 
 def _check_names(tag: str, client_state: Mapping[str, Any]) -> None:
@@ -173,11 +181,14 @@ def _check_names(tag: str, client_state: Mapping[str, Any]) -> None:
     check_tag(tag)
 
 
-def _refuse_objects(state: Mapping[str, Any]) -> None:
+def _refuse_objects(state: Mapping[str, Any]) -> NoReturn:
     """Raises for values that would be written but never loaded again, naming the entries that hold them."""
     culprits = []
     for key, value in state.items():
-        names = refused(Archive(value).foreign_names())
+        try:
+            names = refused(Archive(value).foreign_names())
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            names = [f"what cannot be pickled ({error})"]
         if names:
             culprits.append(f"{key!r} holds {', '.join(names)}")
     raise ValueError(

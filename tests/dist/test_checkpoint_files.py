@@ -37,6 +37,8 @@ def client_state(rank: int, world: int, folder: str) -> None:
     assert not os.listdir(folder)
     with pytest.raises(ValueError, match=r"('thing' holds .*Custom)|(rank 0 failed.*'thing' holds .*Custom)"):
         engine.save_checkpoint(f"{folder}/x", client_state={"thing": Custom(), "fine": 1})
+    with pytest.raises(ValueError, match=r"'call' holds what cannot be pickled"):
+        engine.save_checkpoint(folder, client_state={"fine": 1, "call": lambda: None})
     torch.distributed.barrier()
     assert [p for p in Path(folder).rglob("*") if p.is_file() or p.name.startswith("global")] == []
     state = {"rng_states": [1], "np": np.float64(2.5), "array": np.arange(3), "set": {1}, 7: "int key"}

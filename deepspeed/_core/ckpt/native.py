@@ -49,6 +49,7 @@ RNG = "ds_rng_states"
 # Keys of the model file that are ours (or the reference's); all others are the user's client state.
 OWN_KEYS = {
     "module",
+    "universal_checkpoint_info",
     "buffer_names",
     "optimizer",
     "param_shapes",
