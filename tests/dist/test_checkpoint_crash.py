@@ -18,7 +18,7 @@ import torch
 from deepspeed._core.ckpt.staging import leftovers
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
-from tests.helpers.ckpt import assert_same, build, by_name, config, train
+from tests.helpers.ckpt import assert_same, build, by_name, config, snapshot, train
 from tests.helpers.crash import Moments, kill_all
 from tests.helpers.dist import run_ranks
 from tests.helpers.scripts import run_scripts
@@ -65,7 +65,7 @@ def check_survives(loader: Any, folder: Path, mode: str, expected: dict[int, Sta
             check_exported(folder, {step: expected[step]}, None if left.exists() else Path(path).parent.name)
     torch.distributed.barrier()
     loader.save_checkpoint(str(folder), tag="next")
-    mine = by_name(loader)
+    mine = snapshot(loader)
     if rank == 0:
         assert leftovers(folder) == [], what
         assert set(os.listdir(folder)) <= {"a", "b", "next", "latest", "zero_to_fp32.py"}, what
@@ -73,7 +73,7 @@ def check_survives(loader: Any, folder: Path, mode: str, expected: dict[int, Sta
         assert left.read_text() == "next"
     torch.distributed.barrier()
     loader.load_checkpoint(str(folder))
-    assert_same(by_name(loader), mine, what)
+    assert_same(snapshot(loader), mine, what)
     return step
 
 

@@ -102,13 +102,13 @@ def faults(rank: int, world: int, folder: str, stage: int, background: bool) -> 
             if stage == 0 and (failing_rank or name == "full at the second file"):  # there is one file only
                 continue
             torch.distributed.barrier()
-            with logged() as lines, pytest.raises((OSError, CheckpointError), match=message):
-                with fault() if rank == failing_rank else contextlib.nullcontext():
-                    engine.save_checkpoint(folder, tag="a" if number % 2 else "b")
-                    if engine._saver._thread is not None:
-                        engine._saver._thread.join()  # at once in the log, at the next call as an error
-                        assert any("in the background failed" in line and "/" in line for line in lines), name
-                    (engine.load_checkpoint, engine.save_checkpoint)[number % 2](folder)
+            broken = fault() if rank == failing_rank else contextlib.nullcontext()
+            with logged() as lines, pytest.raises((OSError, CheckpointError), match=message), broken:
+                engine.save_checkpoint(folder, tag="a" if number % 2 else "b")
+                if engine._saver._thread is not None:
+                    engine._saver._thread.join()  # at once in the log, at the next call as an error
+                    assert any("in the background failed" in line and "/" in line for line in lines), name
+                (engine.load_checkpoint, engine.save_checkpoint)[number % 2](folder)
             torch.distributed.barrier()
             assert files_in(folder) == disk, name
             assert sorted(os.listdir(folder)) == ["a", "latest", "zero_to_fp32.py"], name

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch.distributed
 
+from deepspeed._core.ckpt import groups
+
 _OF_FILES = ("open", "pwrite", "fsync", "ftruncate", "close", "chmod", "mkdir", "rename", "replace", "unlink", "rmdir")
-_OF_RANKS = ("all_gather_object", "all_to_all_single")
+_OF_RANKS = ("all_gather_values", "all_to_all")
 
 FOREVER = 1 << 30
 
@@ -47,7 +49,12 @@ class Moments:
             self._action()
 
     def __enter__(self) -> Moments:
-        for place, names in ((os, _OF_FILES), (io, ("open",)), (torch.distributed, _OF_RANKS)):
+        for place, names in (
+            (os, _OF_FILES),
+            (io, ("open",)),
+            (torch.distributed, ("all_gather_object",)),
+            (groups, _OF_RANKS),
+        ):
             for name in names:
                 self._watch(place, name)
         return self

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed
 
 from deepspeed._core.bars import bytes_bar
+from deepspeed._core.ckpt import groups
 from deepspeed._core.ckpt.archive import Archive
 from deepspeed._core.ckpt.blockfile import BlockFile, FileSum
 from deepspeed._core.ckpt.guard import end_writing, start_writing
@@ -109,15 +110,14 @@ class SaveJob:
 
     @property
     def _leads(self) -> bool:
-        return self.group is None or torch.distributed.get_rank() == self.members[0]
+        return self.group is None or self.group.rank() == self.members[0]
 
     def _agree(self, error: Exception | None, sums: dict[str, FileSum]) -> list[dict[str, FileSum]]:
         """What each rank wrote; raises on all ranks if one has failed, and removes the staging folder."""
         mine = (None if error is None else f"{type(error).__name__}: {error}", sums)
         every: list[Any] = [mine]
         if self.group is not None:
-            every = [None] * torch.distributed.get_world_size(self.group)
-            torch.distributed.all_gather_object(every, mine, group=self.group)
+            every = groups.all_gather_values(mine, self.group)
         failed = {rank: text for rank, (text, _) in enumerate(every) if text is not None}
         if failed:
             if self._leads:

@@ -15,6 +15,7 @@ from math import prod
 import torch
 import torch.distributed
 
+from deepspeed._core.ckpt import groups
 from deepspeed._core.layout.reshard import Copy, reshard
 from deepspeed._core.layout.spans import ShardLayout
 from deepspeed._core.pages import empty_flat
@@ -219,16 +220,15 @@ class Exchanged(Source):
         for copy in (copy for copies in outgoing for copy in copies):
             self._read(copy.src_offset, sent[at : at + copy.numel])
             at += copy.numel
-        if len(outgoing) == 1:
+        if self._group is None:
             return sent
         received = torch.empty(sum(c.numel for copies in incoming for c in copies), dtype=self.dtype)
-        # Not through deepspeed.comm: this may be a thread beside the training, whose collectives the hang doctor follows.
-        torch.distributed.all_to_all_single(
+        groups.all_to_all(
             received,
             sent,
             [sum(c.numel for c in copies) for copies in incoming],
             [sum(c.numel for c in copies) for copies in outgoing],
-            group=self._group,
+            self._group,
         )
         return received
 

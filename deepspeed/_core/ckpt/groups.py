@@ -1,0 +1,43 @@
+"""Collectives of a save in the background.
+
+They go to the group itself, past the functions of ``torch.distributed``: those end with ``destroy_process_group``, which
+programs call before their last save is written. And past ``deepspeed.comm``: the hang doctor follows the training's only.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+
+__all__ = ["all_gather_values", "all_to_all"]
+
+
+def all_to_all(
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    received_numels: Sequence[int],
+    sent_numels: Sequence[int],
+    group: torch.distributed.ProcessGroup,
+) -> None:
+    """Consecutive pieces of ``sent`` to the ranks of the group, those of all ranks into ``received``; 1-D on the CPU."""
+    group.alltoall_base(received, sent, list(received_numels), list(sent_numels)).wait()
+
+
+def all_gather_values(value: Any, group: torch.distributed.ProcessGroup) -> list[Any]:
+    """A plain value of every rank of the group, by rank."""
+    mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = _gathered(torch.tensor([mine.numel()]), group)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    padded[: mine.numel()] = mine
+    everyone = _gathered(padded, group)
+    return [pickle.loads(held[: int(size)].numpy().tobytes()) for held, size in zip(everyone, sizes, strict=True)]
+
+
+def _gathered(mine: torch.Tensor, group: torch.distributed.ProcessGroup) -> list[torch.Tensor]:
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    group.allgather([everyone], [mine]).wait()
+    return everyone
