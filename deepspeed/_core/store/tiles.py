@@ -96,7 +96,7 @@ def cut(numel: int, limit_numel: int) -> list[tuple[int, int]]:
     count = max(1, -(-numel // max(1, limit_numel)))
     size = -(-numel // count)
     align = _ALIGN_NUMEL if size >= _ALIGN_NUMEL else _LEAST_ALIGN_NUMEL
-    size = -(-size // align) * align
+    size = max(align, -(-size // align) * align)
     return [(begin, min(size, numel - begin)) for begin in range(0, numel, size)] or [(0, 0)]
 
 
