@@ -71,6 +71,12 @@ class Follower(Protocol):
     def unkeep(self, ids: Iterable[int]) -> None:
         """Ends that."""
 
+    def read_ahead(self, ids: Iterable[int], ticket: int) -> bool:
+        """Begins to read the shards of these for use ``ticket`` where they rest elsewhere; False if there is no room."""
+
+    def forget_ahead(self, before: int) -> None:
+        """Gives up what was read for earlier uses."""
+
 
 class Run:
     """Follows one phase of a plan by position.
@@ -90,6 +96,8 @@ class Run:
             self._live.update(i for group in plan.issue[position] for i in group)
             self._live.difference_update(plan.release[position])
         self._skipped: dict[int, list[int]] = {}
+        self._ahead = begin
+        """All shards for uses before this one are being read."""
         self.deviated = False
 
     def advance(self, unit: int) -> int | None:
@@ -144,6 +152,17 @@ class Run:
         for group in self._plan.issue[position]:
             self._live.update(group)
             self._owner.start_planned(group)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Shards that rest on a disk are read in the order of the plan, as far as there are buffers; no communication."""
+        self._owner.forget_ahead(self._at)
+        self._ahead = max(self._ahead, self._at)
+        while self._ahead < len(self._plan.issue):
+            ids = [i for group in self._plan.issue[self._ahead] for i in group]
+            if not self._owner.read_ahead(ids, self._ahead):
+                return
+            self._ahead += 1
 
 
 class PlanBook:
@@ -258,7 +277,7 @@ class PlanBook:
         transport = self._handles[0].transport if self._handles else None
         if transport is None or transport.world_size == 1:
             return values
-        largest = torch.tensor(values, dtype=torch.int64, device=self._handles[0].shard.device)
+        largest = torch.tensor(values, dtype=torch.int64, device=self._handles[0].device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=transport.group)
         found: list[int] = largest.tolist()
         return found

@@ -11,30 +11,42 @@ hold a parameter for as long as an operation may want it. What users gather by h
 release by hand leaves the memory to those and takes a new storage.
 
 [Note: the source of truth] ``param.ds_tensor`` is this rank's shard, and users may rebind its ``.data``. It is read at each
-fetch; no other buffer shadows it.
+fetch; no other buffer shadows it. A shard that rests elsewhere (``rest``: a file, or the host) is read straight into this
+rank's part of the whole data, which is gathered in place; ``ds_tensor`` is a stand-in that refuses every operation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from deepspeed._core.aio import Transfer
 from deepspeed._core.params.compress import PackedItem, QuantisedShard, SecondaryShards
+from deepspeed._core.params.store import AwayShard, Region, ShardStore
 from deepspeed._core.params.transport import GatherItem, ParamTransport
 from deepspeed._core.reduce.transport import Pending
 
-__all__ = ["ParamHandle", "ZeroParamStatus", "fetch", "handle_of", "handles_of"]
+__all__ = ["ParamHandle", "PartitionedParamStatus", "ZeroParamStatus", "fetch", "handle_of", "handles_of"]
 
 _ids = itertools.count()
 
 
 class ZeroParamStatus(enum.Enum):
     """Where the data of a partitioned parameter is."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+class PartitionedParamStatus(enum.Enum):
+    """Whether the data of a shard is in memory (``ds_tensor.status``)."""
 
     AVAILABLE = 1
     NOT_AVAILABLE = 2
@@ -73,10 +85,19 @@ class ParamHandle:
         """Whether the shard is a part of an engine's buffers."""
         self.packed: QuantisedShard | None = None
         """Holds the shard in 8 bits, in the place of ``ds_tensor``."""
+        self.rest: ShardStore | None = None
+        """Where :meth:`adopt` puts shards; None for memory."""
+        self.away: Region | None = None
+        """The shard's place there."""
+        self.kept: Any = None
+        """A store's permission to stay in memory."""
+        self.device = shard.device
+        """Where the whole data is used."""
         self._param = weakref.ref(param)
         self._pending: Pending | None = None
         self._full: torch.Tensor | None = None
         self._alone: torch.Tensor | None = None
+        self._reading: Transfer | None = None
         self._poison: torch.Tensor = torch.empty(0)
         param.ds_id = self.id  # type: ignore[attr-defined]
         param.ds_shape = param.shape  # type: ignore[attr-defined]
@@ -103,7 +124,12 @@ class ParamHandle:
 
     @property
     def shard(self) -> torch.Tensor:
-        """This rank's part, 1-D, ``shard_numel`` elements; the last rank's end is padding. A copy if it is packed."""
+        """This rank's part, 1-D, ``shard_numel`` elements; the last rank's end is padding.
+
+        A copy if it is packed or rests elsewhere; write with :meth:`store`.
+        """
+        if self.away is not None:
+            return self.away.read(self.device)
         if self.packed is not None:
             out = torch.empty(self.shard_numel, dtype=self.packed.dtype, device=self.packed.packed.device)
             return self.packed.dequantise_into(out)
@@ -111,11 +137,19 @@ class ParamHandle:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.packed.dtype if self.packed is not None else self.shard.dtype
+        return self.packed.dtype if self.packed is not None else self.param.ds_tensor.dtype  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the shard in memory is the whole data, of which there is no other copy."""
+        return self._full is None
 
     def store(self, values: torch.Tensor, begin: int = 0) -> None:
         """Writes elements of the shard, from ``begin``."""
         self.written()
+        if self.away is not None:
+            self.away.write(values, begin)
+            return
         if self.packed is None:
             target = self.shard[begin : begin + values.numel()]
             if target.data_ptr() != values.data_ptr():
@@ -124,6 +158,14 @@ class ParamHandle:
         shard = self.shard
         shard[begin : begin + values.numel()].copy_(values)
         self.pack(shard)
+
+    def begin_store(self, values: torch.Tensor) -> Transfer | None:
+        """Writes the whole shard; ``values`` must stay as they are until what is returned was waited for."""
+        if self.away is None:
+            self.store(values)
+            return None
+        self.written()
+        return self.away.begin_write(values)
 
     def written(self) -> None:
         """Says that the shard has changed."""
@@ -176,24 +218,34 @@ class ParamHandle:
     # -- data --------------------------------------------------------------------------------------------------------
 
     def adopt(self, shard: torch.Tensor) -> None:
-        """Takes ``shard`` (1-D, padded; any dtype) as this rank's part and releases the parameter."""
+        """Takes ``shard`` (1-D, padded; any dtype) as this rank's part and releases the parameter.
+
+        If it is to rest elsewhere, its values go there, and the tensor is free afterwards.
+        """
         if shard.numel() != self.shard_numel or shard.dim() != 1:
             raise AssertionError(f"shard of {self.label} has shape {tuple(shard.shape)}; please report this")
-        param = self.param
         with torch.inference_mode(False):
             shard = shard.detach()
-            shard.ds_numel = shard.numel()  # type: ignore[attr-defined]
-            param.ds_tensor = shard  # type: ignore[attr-defined]
+            self.away = self.rest.put(shard, self.away) if self.rest is not None and self.numel else None
+            self._present(shard)
             numeric = shard.is_floating_point() or shard.is_complex()
             lowest = 0 if shard.dtype == torch.bool or numeric else torch.iinfo(shard.dtype).min
             poison = float("nan") if numeric else lowest
             self._poison = torch.full((), poison, dtype=shard.dtype, device=shard.device)
             self._full = None
-            if self.transport.world_size > 1:
+            if self.transport.world_size > 1 or self.away is not None:
                 self._full = self._no_memory(shard)
         self._pending = None
         self.packed = None
         self._hide()
+
+    def _present(self, shard: torch.Tensor) -> None:
+        """``ds_tensor`` and its attributes."""
+        shown = shard if self.away is None else self.away.shown(shard, self.label)
+        absent = isinstance(shown, AwayShard)
+        status = PartitionedParamStatus.NOT_AVAILABLE if absent else PartitionedParamStatus.AVAILABLE
+        shown.ds_numel, shown.status = shard.numel(), status  # type: ignore[attr-defined]
+        self.param.ds_tensor = shown  # type: ignore[attr-defined]
 
     def _no_memory(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor for the whole data, whose storage is empty."""
@@ -247,7 +299,7 @@ class ParamHandle:
             if data.dtype == self.dtype:
                 return
             if not self.trained:
-                self.adopt(self.shard.to(data.dtype))
+                self.convert(data.dtype)
                 return
         was = f"{data.dtype} data of shape {tuple(data.shape)} on {data.device}"
         raise RuntimeError(
@@ -261,10 +313,33 @@ class ParamHandle:
         if self.available and self.param.dtype != self.dtype and not self.holds and not self.trained:
             dtype = self.param.dtype
             self.release()
-            self.adopt(self.shard.to(dtype))
+            self.convert(dtype)
 
-    def prepare(self) -> GatherItem | PackedItem:
-        """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`."""
+    def convert(self, dtype: torch.dtype) -> None:
+        """Casts the shard of a released parameter."""
+        self.adopt(self.shard.to(dtype))
+
+    def move(self, rest: ShardStore | None) -> None:
+        """Lets the shard of a released parameter rest there from now on; None: in memory of its own."""
+        if rest is not self.rest:
+            shard = self.shard
+            self.rest = rest
+            self.adopt(shard)
+
+    def settle_rebound(self) -> None:
+        """Takes in what a user has put in the place of a ``ds_tensor`` that rests elsewhere."""
+        if self.away is None:
+            return
+        shown = self.param.ds_tensor  # type: ignore[attr-defined]
+        if not isinstance(shown, AwayShard) and not self.away.shows(shown):
+            self.store(shown)
+            self._present(shown)
+
+    def prepare(self, *, read: bool = True) -> GatherItem | PackedItem:
+        """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`.
+
+        A shard that rests elsewhere is there after :meth:`await_shard`, unless it need not be read.
+        """
         if self.on_change is not None:
             self.on_change(self, True)
         if self.packed is not None:
@@ -274,12 +349,24 @@ class ParamHandle:
             self._full.untyped_storage().resize_(self._full.numel() * self._full.element_size())
             self.status = ZeroParamStatus.INFLIGHT
             return PackedItem(self.packed, self._full, self.id)
-        shard = self.shard
         if self._full is None:
-            return GatherItem(shard, shard, self.id)
+            return GatherItem(self.shard, self.shard, self.id)
         self._full.untyped_storage().resize_(self._full.numel() * self._full.element_size())
         self.status = ZeroParamStatus.INFLIGHT
-        return GatherItem(shard, self._full, self.id)
+        if self.away is None:
+            return GatherItem(self.shard, self._full, self.id)
+        own = self._full[self.transport.rank * self.shard_numel :][: self.shard_numel]
+        if read:
+            with _naming(self):
+                self._reading = self.away.begin_read(own)
+        return GatherItem(own, self._full, self.id)
+
+    def await_shard(self) -> None:
+        """Returns when a shard that rests elsewhere has been read. Raises ``OSError``."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            with _naming(self):
+                reading.wait()
 
     def lend(self) -> GatherItem | PackedItem:
         """What to give to the ranks that gather this parameter while this one has it, or is about to."""
@@ -317,7 +404,7 @@ class ParamHandle:
         """Whole data with unknown content, without communication: for someone who fills all of it. Returns ``full``."""
         if self._status is ZeroParamStatus.NOT_AVAILABLE:
             self.check_untouched()
-            self.prepare()
+            self.prepare(read=False)
             self._show(self.full)
         return self.full
 
@@ -335,7 +422,7 @@ class ParamHandle:
         """Takes this rank's part of the whole data into the shard. No communication."""
         if not self.available:
             raise AssertionError(f"write_back of released {self.label}; please report this")
-        flat, shard = self.param.data.detach().reshape(-1), self.shard
+        flat = self.param.data.detach().reshape(-1)
         if flat.numel() != self.numel:
             raise ValueError(
                 f"parameter {self.label} of shape {tuple(self.shape)} was given data of shape "
@@ -343,7 +430,7 @@ class ParamHandle:
                 "parameter into the module instead"
             )
         begin, end = self.own_range
-        if flat.data_ptr() != shard.data_ptr():
+        if self.away is not None or flat.data_ptr() != self.shard.data_ptr():
             self.store(flat[begin:end])
 
     def release(self, *, by_hand: bool = False) -> None:
@@ -357,6 +444,8 @@ class ParamHandle:
         self._free(by_hand=by_hand)
 
     def _free(self, *, by_hand: bool = False) -> None:
+        with contextlib.suppress(OSError):  # threads write to the memory until then
+            self.await_shard()
         if self.on_change is not None:
             self.on_change(self, False)
         self._hide()
@@ -382,6 +471,7 @@ class ParamHandle:
             vars(param).pop(name, None)
         # Whoever still has this handle, as an earlier engine, has nothing to release.
         self._status, self.on_change, self._full = ZeroParamStatus.NOT_AVAILABLE, None, None
+        self.away = self.rest = self.kept = None
 
 
 # Names that partition_parameters puts on parameters besides ds_*.
@@ -394,6 +484,16 @@ _METHODS = (
     "aligned_size",
     "item",
 )
+
+
+@contextlib.contextmanager
+def _naming(handle: ParamHandle) -> Iterator[None]:
+    """Errors of the disk inside say which parameter they are about."""
+    try:
+        yield
+    except OSError as error:
+        said = f"the shard of parameter {handle.label} cannot be read: {error.strerror}"
+        raise OSError(error.errno, said, error.filename) from error
 
 
 def handle_of(tensor: Any) -> ParamHandle | None:
@@ -448,11 +548,18 @@ def fetch(
 def _start(members: Sequence[ParamHandle], exact: bool, gather: Callable[[list[Any]], Pending]) -> None:
     released = [handle for handle in members if handle._status is ZeroParamStatus.NOT_AVAILABLE]
     missing = {handle.id for handle in released}
-    items = [handle.prepare() if handle.id in missing else handle.lend() for handle in members]
+    begun: list[ParamHandle] = []
+    items = []
     try:
+        for handle in members:
+            if handle.id in missing:
+                begun.append(handle)
+            items.append(handle.prepare() if handle.id in missing else handle.lend())
+        for handle in released:
+            handle.await_shard()
         pending = gather(items)
     except BaseException:
-        for handle in released:
+        for handle in begun:
             handle._free()
         raise
     for handle in members:

@@ -131,6 +131,8 @@ class Coordinator(Residency):
         else:
             self.release_all()
             self.book.end_evaluation(self._trace, self.units)
+            self.forget_ahead()
+            self.read_first(self.book.plans[False])
 
     def enter(self, unit: Unit) -> Call:
         """The unit's module is about to run: its parameters are whole when this returns. Collective."""
@@ -338,6 +340,7 @@ class Coordinator(Residency):
         if self.on_backward_end is not None:
             self.on_backward_end()
         self._end_calls()
+        self.forget_ahead()
         trace, self._passed = self._passed, None
         passes, self._passes = self._passes, 0
         if trace is not None and passes == 1:
@@ -365,6 +368,7 @@ class Coordinator(Residency):
         self._clear_stack()
         self.finish_all()
         self._end_calls()
+        self.forget_ahead()
 
     def _clear_stack(self) -> None:
         """Forgets modules that seem to run: an exception that is no ``Exception`` passes their hooks by."""
@@ -382,6 +386,7 @@ class Coordinator(Residency):
         self._in_pass = False
         self.release_all()
         self.forget_copies()
+        self.forget_ahead()
 
     # -- the plan ----------------------------------------------------------------------------------------------------
 

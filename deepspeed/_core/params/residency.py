@@ -15,7 +15,7 @@ import torch
 from deepspeed._core.params.calls import Stats
 from deepspeed._core.params.compress import SecondaryShards
 from deepspeed._core.params.handle import ParamHandle, fetch
-from deepspeed._core.params.planner import Budget
+from deepspeed._core.params.planner import Budget, Plan
 from deepspeed.comm import doctor
 
 __all__ = ["Residency"]
@@ -41,6 +41,7 @@ class Residency:
         self._in_backward = False
         self._due: set[int] = set()
         self._room_to_keep = self._most_kept = min(budget.max_live, max(budget.prefetch, _KEPT_AT_LEAST))
+        self._stores = list({id(h.rest): h.rest for h in self.handles if h.rest is not None}.values())
         for handle in self.handles:
             handle.on_change = self._on_change
             if secondary is not None:
@@ -84,6 +85,27 @@ class Residency:
             self._room_to_keep += self.by_id[i].numel
             if i in self._due:
                 self.let_go([i])
+
+    def read_ahead(self, ids: Iterable[int], ticket: int) -> bool:
+        """Begins to read the shards of these for use ``ticket`` where they rest elsewhere; False if there is no room."""
+        if not self._stores:
+            return True
+        for i in ids:
+            region, store = self.by_id[i].away, self.by_id[i].rest
+            if region is not None and store is not None and not store.stage(region, ticket):
+                return False
+        return True
+
+    def forget_ahead(self, before: int | None = None) -> None:
+        """Gives up what was read for uses before that one, or all of it."""
+        for store in self._stores:
+            store.drop_staged(before)
+
+    def read_first(self, plan: Plan | None) -> None:
+        """Begins to read what the next pass needs first."""
+        for position, groups in enumerate(plan.issue if plan is not None and self._stores else ()):
+            if not self.read_ahead([i for group in groups for i in group], position):
+                return
 
     def _on_change(self, handle: ParamHandle, taken: bool) -> None:
         if handle.persistent:

@@ -75,6 +75,8 @@ class Bucket:
         ]
         self.weights = torch.zeros(0)
         self.master = torch.zeros(0)
+        # Whether weights in full precision have a master copy all the same: they are on another device, or in a file.
+        self.separate_master = False
         self.grad_full: torch.Tensor | None = None
         self.grad_shard = torch.zeros(0)
         # Slots whose gradient of the current accumulation window lies in grad_full.
@@ -130,7 +132,7 @@ class Bucket:
     @property
     def full_precision(self) -> bool:
         """Whether the weights are their own master copy."""
-        return self.weight_dtype in (torch.float32, torch.float64)
+        return self.weight_dtype in (torch.float32, torch.float64) and not self.separate_master
 
     def use_grad_buffer(self, buffer: torch.Tensor) -> None:
         """Takes a full buffer with unknown content; gaps and padding are zeroed, since they are reduced, too."""
@@ -143,6 +145,11 @@ class Bucket:
     def own_weights(self) -> torch.Tensor:
         """This rank's part of the weights, 1-D."""
         return self.slice_of(self.weights)
+
+    def own_part(self, slot: Slot) -> torch.Tensor:
+        """This rank's elements of one weight, for reading; see :meth:`Slot.overlap`."""
+        _, at, numel = slot.overlap(self.rank)
+        return self.own_weights[at : at + numel]
 
     def grad_view(self, position: int) -> torch.Tensor | None:
         """The slot's gradient as autograd could write it; None if its parts lie apart."""

@@ -92,7 +92,7 @@ class GatheredParameters:
             gather_exactly(self._handles)
             for handle in self._handles:
                 # Edits may have to get lost, but what is whole already, or the only copy, is in use elsewhere.
-                shown = handle.id in self._kept or handle.transport.world_size == 1
+                shown = handle.id in self._kept or handle.alone
                 if shown and not handle.holds and handle.numel:
                     self._private.add(handle.id)
                     handle.detach_copy()

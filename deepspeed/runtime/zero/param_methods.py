@@ -16,6 +16,7 @@ import torch
 from deepspeed._core.params.construct import building, unwatched
 from deepspeed._core.params.handle import ParamHandle, fetch, handle_of, handles_of, shard_numel_of
 from deepspeed._core.params.transport import ParamTransport
+from deepspeed.runtime.zero import shard_homes
 from deepspeed.runtime.zero.gathered import GatheredParameters, gather_exactly
 from deepspeed.utils.tensor_fragment import weights_written
 
@@ -188,7 +189,7 @@ def ds_summary(self: torch.nn.Parameter, use_debug_name: bool = False) -> dict[s
         "grad_shape": tuple(self.grad.shape) if self.grad is not None else None,
         "persist": handle.persistent,
         "active_sub_modules": sorted(str(hold) for hold in handle.holds),
-        "ds_tensor.shape": tuple(handle.shard.shape),
+        "ds_tensor.shape": (handle.shard_numel,),
     }
 
 
@@ -203,8 +204,9 @@ def _deepcopy(self: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parame
     handle = _handle(self)
     if building() and not handle.available:
         with unwatched():
-            made = _like(self, torch.empty((), dtype=handle.dtype, device=handle.shard.device).expand(handle.shape))
+            made = _like(self, torch.empty((), dtype=handle.dtype, device=handle.device).expand(handle.shape))
             twin = ParamHandle(made, handle.shard.clone(), handle.transport, name=handle.name)
+            shard_homes.settle([twin], handle.rest or getattr(handle.kept, "store", None), ())
             twin.born_empty = handle.born_empty
             _give_methods(made)
     else:

@@ -16,8 +16,11 @@ from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
 from deepspeed._core.params.hooks import ModelHooks
 from deepspeed._core.params.lifecycle import Coordinator
 from deepspeed._core.params.planner import Budget
+from deepspeed._core.params.store import ShardStore
 from deepspeed._core.params.strays import StrayUses
 from deepspeed._core.params.units import UnitLimits
+from deepspeed.comm.agreement import together
+from deepspeed.runtime.zero import shard_homes
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.module_state import watch_state
 from deepspeed.runtime.zero.partition_parameters import partition_parameter
@@ -69,10 +72,12 @@ def partition_module(
     device: torch.device,
     dtype: torch.dtype | None,
     keep_dtype: set[torch.nn.Parameter],
+    store: ShardStore | None = None,
 ) -> DeepSpeedZeRoOffload:
     """Partitions what is whole in the module, and makes the object that runs it; hooks come with :meth:`attach`.
 
-    ``dtype``: of floating-point parameters, other than those of ``keep_dtype``. Collective.
+    ``dtype``: of floating-point parameters, other than those of ``keep_dtype``, whose shards an optimizer will adopt.
+    ``store``: where shards rest. Collective.
     """
     topology = shard_topology(zero, group, device)
     transport = topology.gather
@@ -90,7 +95,7 @@ def partition_module(
             )
         if dtype is not None and param not in keep_dtype and param.is_floating_point() and known.dtype != dtype:
             known.release()
-            known.adopt(known.shard.to(dtype))
+            known.convert(dtype)
         if known.transport is not transport:
             known.release()
             known.transport = transport
@@ -101,17 +106,28 @@ def partition_module(
                 handle.release()
                 handle.pack(handle.shard)
     mark_persistent(handles, zero)
+    stays = {handle.id for handle in handles if handle.persistent}
+    adopted = {handle.id for handle in handles if handle.param in keep_dtype}
+    if store is not None or any(handle.rest is not None for handle in handles):
+        together(lambda: shard_homes.settle(handles, store, stays, adopted))
+        shard_homes.describe(handles, store)
     watch_state(module)
-    return DeepSpeedZeRoOffload(module, handles, zero, topology)
+    return DeepSpeedZeRoOffload(module, handles, zero, topology, store)
 
 
 class DeepSpeedZeRoOffload:
     """Lifecycle and hooks of one partitioned module. Made by :func:`partition_module`."""
 
     def __init__(
-        self, module: torch.nn.Module, handles: list[ParamHandle], zero: DeepSpeedZeroConfig, topology: ShardTopology
+        self,
+        module: torch.nn.Module,
+        handles: list[ParamHandle],
+        zero: DeepSpeedZeroConfig,
+        topology: ShardTopology,
+        store: ShardStore | None = None,
     ) -> None:
         self.module = module
+        self.store = store
         # One that is replaced in the module later is gathered in vain, but not lost.
         self._params = [handle.param for handle in handles]
         self.topology = topology

@@ -23,11 +23,15 @@ import torch
 
 from deepspeed import comm as dist
 from deepspeed._core.params.construct import CONSTRUCTORS, ORIGINALS, Builder, Loan, construction, unwatched
-from deepspeed._core.params.handle import ParamHandle, ZeroParamStatus, handle_of
+from deepspeed._core.params.handle import ParamHandle, PartitionedParamStatus, ZeroParamStatus, handle_of, handles_of
+from deepspeed._core.params.store import ShardStore
 from deepspeed._core.params.transport import ParamTransport
 from deepspeed.accelerator import get_accelerator
-from deepspeed.errors import ConfigError, MissingFeatureError
+from deepspeed.comm.agreement import together
+from deepspeed.errors import ConfigError
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_sections.aio import AioConfig
+from deepspeed.runtime.zero import shard_homes
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.gathered import (
     GatheredParameters,
@@ -35,6 +39,7 @@ from deepspeed.runtime.zero.gathered import (
     unregister_external_parameter,
 )
 from deepspeed.runtime.zero.module_state import watch_state
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 from deepspeed.runtime.zero.param_methods import partition_parameter, unpartition
 from deepspeed.runtime.zero.topology import param_transport
 from deepspeed.utils.logging import warning_once
@@ -43,6 +48,7 @@ __all__ = [
     "GatheredParameters",
     "Init",
     "MiCS_Init",
+    "PartitionedParamStatus",
     "ZeroParamStatus",
     "get_accelerator",
     "is_zero_param",
@@ -100,8 +106,10 @@ class Init:
         module: partitioned at once, in place.
         data_parallel_group: the ranks that share the shards; default all, or the mpu's data-parallel group.
         mem_efficient_linear: accepted; autograd never saves a second copy of a weight here.
-        remote_device: where the shards live; ``None`` or ``"cpu"`` (on a CPU), else refused.
-        pin_memory: for ``remote_device="cpu"``.
+        remote_device: where the shards rest between uses: ``"cpu"``, ``"nvme"`` (needs ``offload_param.nvme_path`` in the
+            config), ``"none"``; None: as the config's ``offload_param`` says. With ``"nvme"`` each module's shards go to
+            the file when its ``__init__`` returns, as far as they are not persistent and ``max_in_cpu`` is used up.
+        pin_memory: page-lock the memory of ``remote_device="cpu"``, as the config's ``offload_param.pin_memory`` does.
         config_dict_or_path: the DeepSpeed config; gives the dtype and the keys of ``zero_optimization``. ``"auto"``
             means the default.
         config: old name of ``config_dict_or_path``.
@@ -113,7 +121,7 @@ class Init:
         zero_quantized_weights: gather int8 blocks (ZeRO++ qwZ).
         zero_quantized_nontrainable_weights: as ``zero_quantized_weights`` for frozen parameters.
         sequence_data_parallel_group: used like ``data_parallel_group``.
-        param_swapper: refused; shards on NVMe are not available yet.
+        param_swapper: refused: the file is made from the config.
     """
 
     def __init__(
@@ -141,7 +149,10 @@ class Init:
         if not dist.is_initialized():
             dist.init_distributed(verbose=False)
         parsed = _parse(config_dict_or_path if config_dict_or_path is not None else config)
-        _check_remote(remote_device, param_swapper)
+        if param_swapper is not None:
+            raise ConfigError(
+                "zero.Init: param_swapper is not supported; set offload_param in config_dict_or_path instead"
+            )
         if zero_param_parallel_group is not None:
             warning_once(
                 "zero.Init ignores zero_param_parallel_group: set zero_optimization.zero_hpz_partition_size in the "
@@ -156,7 +167,10 @@ class Init:
             "zero_quantized_weights": zero_quantized_weights,
             "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights,
         }
-        self.transport = self._make_transport(zero.model_copy(update={k: v for k, v in flags.items() if v}))
+        zero = zero.model_copy(update={k: v for k, v in flags.items() if v})
+        self.transport = self._make_transport(zero)
+        self._persistence = zero.param_persistence_threshold
+        self._store = _store_of(zero, parsed, self.local_device, remote_device, pin_memory)
         if module is not None:
             with unwatched():
                 self._partition(module)
@@ -205,6 +219,11 @@ class Init:
             if not torch.nn.parameter.is_lazy(param):  # it has no shape yet; ``initialize`` will see
                 path = f"{type(module).__name__}.{name}"
                 partition_parameter(param, self.transport, dtype=self.dtype, device=self.local_device, name=path)
+        if self._store is not None and whole:
+            handles = handles_of(param for _, param in whole)
+            # Other ranks would wait in the next module's collectives for one whose disk is full.
+            small = {handle.id for handle in handles if handle.numel < self._persistence}
+            together(lambda: shard_homes.settle(handles, self._store, small))
         watch_state(module)  # deep copies of modules have partitioned parameters, and no hooks
 
 
@@ -279,13 +298,23 @@ def _parse(config: Any) -> DeepSpeedConfig | None:
     return parsed
 
 
-def _check_remote(remote_device: str | None, param_swapper: Any) -> None:
-    if param_swapper is not None or remote_device == "nvme":
-        raise MissingFeatureError("zero.Init: shards on NVMe are not available yet; leave remote_device out")
-    if remote_device not in (None, "none", "cpu", get_accelerator().device_name()):
-        raise ConfigError(f"zero.Init: remote_device is None, 'cpu' or 'nvme', not {remote_device!r}")
-    if remote_device == "cpu" and get_accelerator().device_name() != "cpu":
-        raise MissingFeatureError("zero.Init: shards on the host are not available yet; leave remote_device out")
+def _store_of(
+    zero: DeepSpeedZeroConfig,
+    parsed: DeepSpeedConfig | None,
+    device: torch.device,
+    remote_device: str | None,
+    pin_memory: bool,
+) -> ShardStore | None:
+    """Where shards go as they are made. Collective if that is somewhere."""
+    if remote_device is not None and remote_device == get_accelerator().device_name():
+        remote_device = "none" if remote_device != "cpu" else "cpu"
+    if remote_device not in (None, "none", "cpu", "nvme"):
+        raise ConfigError(f"zero.Init: remote_device is None, 'none', 'cpu' or 'nvme', not {remote_device!r}")
+    section = zero.offload_param or DeepSpeedZeroOffloadParamConfig()
+    if pin_memory and not section.pin_memory:
+        zero = zero.model_copy(update={"offload_param": section.model_copy(update={"pin_memory": True})})
+    aio = parsed.document.aio if parsed is not None else AioConfig()
+    return shard_homes.shard_store(zero, aio, device, remote_device=remote_device)
 
 
 def _config_dtype(parsed: DeepSpeedConfig | None) -> torch.dtype | None:
