@@ -8,7 +8,7 @@ the optimizer (:mod:`deepspeed.runtime.flat_optimizer`), files in :mod:`deepspee
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from deepspeed._core.ckpt.save import Saver
 from deepspeed.comm import doctor
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
-from deepspeed.runtime import engine_loading, engine_saving, engine_setup, export
+from deepspeed.runtime import engine_loading, engine_saving, engine_setup, export, optimizer_offload
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_getters import ConfigGetters
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.runtime.progress import Progress
 from deepspeed.runtime.utils import map_tensors
+from deepspeed.runtime.zero import offload_states
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.version import __version__
 
@@ -97,6 +99,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
                 reduce_now=self._reduces_now,
                 offload=self._offload,
             )
+            optimizer_offload.announce(self._flat)
         if self._offload is not None:
             self._offload.attach()
         # A plain fp32 run without ZeRO gives the user's own optimizer back; partitioned inference what runs it.
@@ -479,6 +482,34 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         """Frees what stage 3 keeps gathered between uses; it comes back when next used. Below stage 3, nothing."""
         if self._offload is not None:
             self._offload.empty_partition_cache()
+
+    def offload_states(
+        self,
+        include: Container[OffloadStateTypeEnum] | None = None,
+        device: OffloadDeviceEnum = OffloadDeviceEnum.cpu,
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Moves states to host memory until :meth:`reload_states`, to make room on the device; between two steps.
+
+        Gradients of a finished step are freed instead. States that ``offload_optimizer`` keeps elsewhere stay there. Until
+        they are back, ``backward``, ``step`` and ``load_checkpoint`` refuse. Not collective, but on all ranks alike.
+
+        Args:
+            include: kinds of state; None is all.
+            device: ``cpu``.
+            pin_memory: into page-locked memory, which is copied faster.
+            non_blocking: do not wait for the copies.
+
+        Raises:
+            ValueError: another device, or an unknown kind.
+            RuntimeError: the engine holds gradients that no step has used.
+        """
+        offload_states.offload(self._require_optimizer("offload_states"), include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Brings back what :meth:`offload_states` moved. Collective with ZeRO-3."""
+        offload_states.reload(self._require_optimizer("reload_states"), non_blocking)
 
     def _require_optimizer(self, what: str) -> FlatOptimizer:
         if self._flat is None:

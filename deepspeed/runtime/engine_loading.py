@@ -33,6 +33,7 @@ from deepspeed._core.ckpt.staging import tag_of
 from deepspeed._core.ckpt.universal import UniversalReader, is_universal
 from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
 from deepspeed._core.params.handle import handle_of
+from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
@@ -45,6 +46,7 @@ from deepspeed.utils.logging import log_dist, warning_once
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.flat_optimizer import FlatOptimizer
 
 __all__ = ["LoadWhat", "load"]
 
@@ -261,7 +263,7 @@ def _load_module(
         if weights is not None:
             entries = partitioned_state.whole_state_dict(module, entries, weights)
         before = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
-        undo.callback(_restore, before)
+        undo.callback(_restore, before, flat, _masters_of(flat))
         engine.load_module_state_dict(entries, strict=what.strict, custom_load_fn=what.custom_load_fn)
         return
     brought = plan.matched if plan is not None and (weights is not None or _masters_count(engine)) else {}
@@ -279,14 +281,21 @@ def _load_module(
         optimizer_loading.follow_weights(flat, held - brought.keys())
 
 
-def _restore(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _restore(
+    values: list[tuple[torch.Tensor, torch.Tensor]],
+    flat: FlatOptimizer | None,
+    masters: list[tuple[Bucket, torch.Tensor]],
+) -> None:
     with torch.no_grad():
         for tensor, value in values:
             tensor.copy_(value)
+        for bucket, value in masters:
+            if flat is not None:
+                flat.set_master_shard(bucket, value)
 
 
 def _tensors_of(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """Where the module's values and masters are; of partitioned parameters the shards, and the whole data while there."""
+    """Where the module's values are; of partitioned parameters the shards, and the whole data while there."""
     tensors: list[torch.Tensor] = [*engine.module.buffers()]
     for param in engine.module.parameters():
         handle = handle_of(param)
@@ -294,8 +303,13 @@ def _tensors_of(engine: DeepSpeedEngine) -> list[torch.Tensor]:
             tensors.append(handle.param.ds_tensor)  # type: ignore[attr-defined]
         if handle is None or handle.available:
             tensors.append(param.data)
-    buckets = engine._flat.buckets if engine._flat is not None else []
-    return tensors + [bucket.master for bucket in buckets if not bucket.full_precision]
+    return tensors
+
+
+def _masters_of(flat: FlatOptimizer | None) -> list[tuple[Bucket, torch.Tensor]]:
+    """Copies of the masters that are not the weights themselves."""
+    buckets = flat.buckets if flat is not None else []
+    return [(b, flat.master_shard(b).clone()) for b in buckets if flat is not None and not b.full_precision]
 
 
 def _load_scheduler(

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import doctor
 from deepspeed.errors import ConfigError
 from deepspeed.ops.registry import build_optimizer, is_zero_tested
+from deepspeed.runtime import optimizer_offload
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.flat_optimizer import FlatOptimizer, FlatSettings, take_back
@@ -201,6 +202,7 @@ def _find_or_make_optimizer(
     if isinstance(optimizer, torch.optim.Optimizer):
         if config.zero_optimization_stage > 0:
             _require_tested(optimizer, allowed=config.zero_allow_untested_optimizer)
+        optimizer_offload.require_fitting(config, optimizer)
         return optimizer
     groups = _parameter_groups(model_parameters, module)
     if optimizer is not None:
@@ -212,13 +214,15 @@ def _find_or_make_optimizer(
         made = optimizer(groups)
         if not isinstance(made, torch.optim.Optimizer):
             raise ConfigError(f"the optimizer callable returned {type(made).__name__}, not a torch.optim.Optimizer")
+        optimizer_offload.require_fitting(config, made)
         return made
     section = config.optimizer
     if section is None or section.type is None:
         return None
     if not groups:
         raise ConfigError("the config names an optimizer, but the model has no trainable parameters to give it")
-    return build_optimizer(section.type, dict(section.params), groups)
+    offloaded = optimizer_offload.offload_policy(config.zero_config, config.document.aio) is not None
+    return build_optimizer(section.type, dict(section.params), groups, use_cpu_offload=offloaded)
 
 
 def _require_tested(optimizer: torch.optim.Optimizer, *, allowed: bool) -> None:
@@ -275,6 +279,7 @@ def make_flat_optimizer(
         fail_on_unused=not config.zero_config.ignore_unused_parameters,
         verify_steps=config.verify_gradients,
         sub_group_numel=config.zero_config.sub_group_size,
+        offload=optimizer_offload.offload_policy(config.zero_config, config.document.aio),
     )
     take_back(inner)
     kind: Callable[..., FlatOptimizer]

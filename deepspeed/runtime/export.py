@@ -260,13 +260,14 @@ def _master(flat: FlatOptimizer, slot: Slot, handle: ParamHandle | None) -> _Sou
     bucket = slot.bucket
     position = bucket.position[id(slot)]
     if handle is not None and isinstance(bucket, ShardBucket):
-        return _shards(handle, torch.float32, lambda: bucket.piece(bucket.master, position))
+        end = slot.start + -(-slot.numel // bucket.world_size)
+        return _shards(handle, torch.float32, lambda: flat.states.read(bucket, None, slot.start, end))
     if flat.stage == 0:
         return _Source(lambda: flat.master_of(bucket)[position].detach().reshape(-1), torch.float32)
     parts = [slot.overlap(rank) for rank in range(flat.transport.world_size)]
     spans = tuple((begin, begin + numel) for begin, _, numel in parts)
     _, at, numel = parts[flat.transport.rank]
-    return _Source(lambda: bucket.master.detach()[at : at + numel], torch.float32, spans, flat.transport.group)
+    return _Source(lambda: flat.states.read(bucket, None, at, at + numel), torch.float32, spans, flat.transport.group)
 
 
 def _shards(handle: ParamHandle, held: torch.dtype, shard: Callable[[], torch.Tensor]) -> _Source:

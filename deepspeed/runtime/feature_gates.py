@@ -33,7 +33,7 @@ _NONE = 'Set its device to "none", or leave the section out.'
 GATES: tuple[Gate, ...] = (
     # ZeRO
     Gate("zero_optimization.offload_param.device", "parameter offload", _NONE),
-    Gate("zero_optimization.offload_optimizer.device", "optimizer offload", _NONE),
+    Gate("zero_optimization.offload_optimizer.super_offload", "the Superchip scheduler", _OFF),
     Gate("zero_optimization.zenflow", "ZenFlow"),
     # Precision and gradients
     Gate("fp16.fp16_master_weights_and_grads", "fp16 master weights", _OFF),
@@ -145,7 +145,9 @@ def inert_settings(document: DeepSpeedConfigDocument, report: ConfigReport) -> l
             place = join("zero_optimization", name)
             if report.origin(place) == "user" and getattr(zero, name) != _default(zero, name):
                 said.append(f"{report.written[place]} has no effect below ZeRO stage 3 (stage is {int(zero.stage)})")
-    for name in type(document.aio).model_fields:
+    offloads = (zero.offload_optimizer, zero.offload_param)
+    reads_files = any(section is not None and section.device.value == "nvme" for section in offloads)
+    for name in type(document.aio).model_fields if not reads_files else ():
         place = join("aio", name)
         if report.origin(place) != "default" and getattr(document.aio, name) != _default(document.aio, name):
             said.append(f"{report.written[place]} has no effect without offload to NVMe")

@@ -31,9 +31,11 @@ from deepspeed._core.reduce.transport import Pending, Transport, make_transport
 from deepspeed._core.reduce.verify import GradientCheck
 from deepspeed._core.step.handover import carry_state
 from deepspeed._core.step.stepper import make_stepper
+from deepspeed._core.store import OffloadPolicy
 from deepspeed.comm import doctor
-from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime import optimizer_offload
 from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
+from deepspeed.runtime.shard_owner import ShardOwner
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.utils.tensor_fragment import register_owner, unregister_owner
 
@@ -67,6 +69,8 @@ class FlatSettings:
     verify_steps: int = 0
     sub_group_numel: int = 1_000_000_000
     """``sub_group_size``: elements of this rank that one tile of the step holds; stage 3."""
+    offload: OffloadPolicy | None = None
+    """``offload_optimizer``; stages 1 to 3."""
 
 
 def check_trainable(name: str, param: torch.Tensor) -> None:
@@ -79,7 +83,7 @@ def check_trainable(name: str, param: torch.Tensor) -> None:
         )
 
 
-class FlatOptimizer(DeepSpeedOptimizer):
+class FlatOptimizer(ShardOwner):
     """Takes over the parameters of ``optimizer`` (re-pointed into flat buckets) and updates them shard by shard.
 
     ``names`` maps parameters to their full names in the model. ``reduce_now`` is asked at the start of each backward.
@@ -110,10 +114,22 @@ class FlatOptimizer(DeepSpeedOptimizer):
         self._whole = settings.stage == 0
         take_back(optimizer)
         self._given_params = [list(group["params"]) for group in optimizer.param_groups]
-        self.buckets = self._make_buckets(names, device)
-        masters = self._hand_over_masters()
-        self._stepper = make_stepper(optimizer, masters, whole=self._whole)
-        self._masters = masters
+        self._broken = ""
+        self.moved = []
+        self.states = optimizer_offload.make_states(optimizer, settings.offload, self.transport.rank)
+        try:
+            self.buckets = self._make_buckets(names, device)
+            optimizer_offload.agree(self.states.failure, group, device)
+            self._masters = self._hand_over_masters()
+        except BaseException:
+            self.states.close()
+            raise
+        self._stepper = make_stepper(
+            optimizer,
+            self._masters,
+            None if self._whole else self.states,
+            optimizer_offload.make_transit(self.states, self.buckets, settings.offload, device),
+        )
         self.reducer = GradReducer(self.buckets, self.transport, settings.reduce, reduce_now)
         self._check = GradientCheck(self.buckets, self.transport, settings.verify_steps)
         self._alive = True
@@ -169,6 +185,8 @@ class FlatOptimizer(DeepSpeedOptimizer):
                 with doctor.waiting("broadcast", "initial weights"):
                     work.wait()
             bucket.adopt(source, sharded_master=not self._whole)
+            if not self._whole:
+                self.states.adopt(bucket)
 
         first = self.transport.global_rank(0)
         for bucket in buckets:
@@ -186,12 +204,12 @@ class FlatOptimizer(DeepSpeedOptimizer):
         masters: dict[int, list[torch.Tensor]] = {}
         for bucket in self.buckets:
             if not self._whole:
-                masters[bucket.index] = [bucket.master]
+                masters[bucket.index] = [tile.param for tile in self.states.tiles(bucket)]
             elif bucket.full_precision:
                 masters[bucket.index] = [slot.param for slot in bucket.slots]
             else:
                 masters[bucket.index] = [slot.view(bucket.master) for slot in bucket.slots]
-        carry_state(self.optimizer, self.buckets, masters)
+        carry_state(self.optimizer, self.buckets, masters, None if self._whole else self.states)
         for group_index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [m for b in self.buckets if b.group_index == group_index for m in masters[b.index]]
         return masters
@@ -208,8 +226,8 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     @property
     def single_partition_of_fp32_groups(self) -> list[torch.Tensor]:
-        """The fp32 masters that this rank updates, 1-D, one a bucket."""
-        return [bucket.master for bucket in self.buckets]
+        """The fp32 masters that this rank updates, 1-D, one a bucket; copies of what is in files."""
+        return [self.master_shard(bucket) for bucket in self.buckets]
 
     @property
     def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
@@ -301,11 +319,30 @@ class FlatOptimizer(DeepSpeedOptimizer):
             factor = clip_factor(norm, self.settings.gradient_clipping) / self.loss_scale
             before_change()
             self._before_update()
-            self._stepper.update(self.buckets, factor, self._publish)
+            self._update(factor)
             self._after_update()
         self.applied = not self.overflow
         self.reducer.end_window()
         self.loss_scaler.update_scale(self.overflow)
+
+    def _update(self, factor: float) -> None:
+        """Updates the shards; if a file of any rank fails, all raise, and this optimizer steps no more until a load."""
+        if self.states.files is None:
+            self._stepper.update(self.buckets, factor, self._publish)
+            return
+        self._broken = "the last step did not end"
+        failure: OSError | None = None
+        try:
+            self._stepper.update(self.buckets, factor, self._publish)
+        except OSError as error:
+            failure = error
+        try:
+            self.agree_on_files(failure)
+        except OSError as error:
+            self._broken = f"the last step failed in the middle ({error})"
+            self._drop_window()
+            raise
+        self._broken = ""
 
     def _backward_returned(self) -> None:
         """A backward is over; for stages that keep more than gradients."""
@@ -361,6 +398,14 @@ class FlatOptimizer(DeepSpeedOptimizer):
                 "this engine does not train any more: it was destroyed, or a later deepspeed.initialize took over "
                 "its parameters. Use the later engine"
             )
+        self.require_intact()
+        self.require_here()
+
+    def release_weights(self) -> None:
+        """The weights are about to be moved; for stages that keep more than one copy."""
+
+    def restore_weights(self) -> None:
+        """They are back."""
 
     def _agree_on_norm(self) -> float:
         """The unscaled global norm, the same float on all ranks; takes late gradients in, refuses unused ones."""
@@ -424,6 +469,8 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
         Weights keep their values; step counts go back to zero.
         """
+        if not self._whole and not all(map(self.states.in_memory, self.buckets)):
+            return  # the space is reserved, and the states are made tile by tile in the first step
         saved = [dict(group) for group in self.optimizer.param_groups]
         tensors = [m for bucket in self.buckets for m in self._masters[bucket.index]]
         before = [m.detach().clone() for m in tensors]
@@ -445,18 +492,25 @@ class FlatOptimizer(DeepSpeedOptimizer):
         """Makes the masters follow the model's weights, after someone wrote to those. No communication."""
         before_change()
         for bucket in self.buckets:
-            if not bucket.full_precision:
-                source = bucket.weights if self._whole else bucket.own_weights
-                bucket.master.copy_(source)
+            if bucket.full_precision:
+                continue
+            if self._whole:
+                bucket.master.copy_(bucket.weights)
+            else:
+                self.states.write(bucket, None, 0, bucket.own_weights)
 
     def publish_weights(self) -> None:
         """Makes the model's weights on all ranks follow the masters, after those were loaded or set. Collective."""
         before_change()
+        failure: OSError | None = None
         for bucket in self.buckets:
-            for master, item in zip(self._masters[bucket.index], self._items(bucket), strict=True):
-                if item.data_ptr() != master.data_ptr():
-                    item.copy_(master.detach())
+            if not bucket.full_precision and self._whole:
+                for slot in bucket.slots:
+                    slot.view(bucket.weights).copy_(slot.view(bucket.master))
+            elif not bucket.full_precision:
+                failure = self._master_to_weights(bucket) or failure
             self._publish(bucket).wait()
+        self.agree_on_files(failure)
 
     def store_weight(self, slot: Slot, begin: int, values: torch.Tensor) -> None:
         """Writes elements of a model weight (flat, from ``begin``), as far as this rank holds them."""
@@ -468,13 +522,9 @@ class FlatOptimizer(DeepSpeedOptimizer):
     def weight_written(self, slot: Slot) -> None:
         """A weight's values were changed from outside: its master follows where they differ."""
 
-    def _items(self, bucket: Bucket) -> Sequence[torch.Tensor]:
-        if self._whole:
-            return [slot.view(bucket.weights) for slot in bucket.slots]
-        return [bucket.own_weights]
-
     def state_dict(self) -> dict[str, Any]:
         """This rank's part in memory layout: masters by bucket, the inner optimizer's state, the scaler."""
+        self._require_in_memory("state_dict()", "save_checkpoint")
         return {
             "zero_stage": self.stage,
             "single_partition_of_fp32_groups": [bucket.master for bucket in self.buckets],
@@ -485,6 +535,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Takes what :meth:`state_dict` gave on the same rank of the same run layout. Collective."""
+        self._require_in_memory("load_state_dict()", "load_checkpoint")
         given = [tuple(t.shape) for t in state_dict["single_partition_of_fp32_groups"]]
         expected = [tuple(bucket.master.shape) for bucket in self.buckets]
         if given != expected or state_dict["zero_stage"] != self.stage:
@@ -507,6 +558,7 @@ class FlatOptimizer(DeepSpeedOptimizer):
             self._alive = False
             self._check.detach()
             self.reducer.detach()
+            self.states.close()
             for slot in self.slots():
                 unregister_owner(slot.param, self)
             _wrappers.pop(self.optimizer, None)

@@ -6,7 +6,8 @@ What the files hold is :mod:`deepspeed.runtime.optimizer_state`'s to say.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,8 @@ from deepspeed._core.ckpt.reader import MASTER, ZeroGroup, ZeroReader
 from deepspeed._core.layout.spans import ShardLayout, Span
 from deepspeed._core.pages import zeros_flat
 from deepspeed._core.reduce.bucket import Bucket, Slot
+from deepspeed._core.step.template import state_template
+from deepspeed._core.store import Tile
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.utils.logging import warning_once
@@ -63,6 +66,7 @@ class _Target:
         parts: for each saved group, the places of its elements in the flattened tensor, by their saved names.
         name: the saved name of the one parameter that the tensor is, in stage 0.
         fresh: ``(begin, numel)`` of elements that the files lack.
+        tile: what to open for the tensor to have values; None in stage 0.
     """
 
     tensor: torch.Tensor
@@ -71,6 +75,7 @@ class _Target:
     parts: dict[int, ShardLayout]
     name: str
     fresh: tuple[tuple[int, int], ...]
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def plan_load(flat: FlatOptimizer, reader: ZeroReader, names: ModelNames, strict
     Raises:
         CheckpointError: the files are of another model or of another kind of optimizer.
     """
+    flat.require_here()
     saved = {name: shape for group in reader.groups for name, shape in group.shapes.items()}
     matched = {s.name: n for s in flat.slots() if (n := names.source_of(s.param, saved)) is not None}
     _check_model(flat, reader, names, matched, strict)
@@ -208,13 +214,19 @@ def _options_of(group: ZeroGroup) -> dict[str, Any]:
 def _targets(
     flat: FlatOptimizer, bucket: Bucket, matched: Mapping[str, str], where: Mapping[str, int]
 ) -> Iterator[_Target]:
-    masters = flat.master_of(bucket)
     if flat.stage == 0:
-        for slot, master in zip(bucket.slots, masters, strict=True):
+        for slot, master in zip(bucket.slots, flat.master_of(bucket), strict=True):
             yield _target(master, [(slot, 0, 0, slot.numel)], matched, where)
-    else:
-        places = [(slot, *slot.overlap(flat.transport.rank)) for slot in bucket.slots]
-        yield _target(masters[0], places, matched, where)
+        return
+    places = [(slot, *slot.overlap(flat.transport.rank)) for slot in bucket.slots]
+    for tile in flat.states.tiles(bucket):
+        yield _target(tile.param, [_within(tile, *place) for place in places], matched, where, tile)
+
+
+def _within(tile: Tile, slot: Slot, begin: int, at: int, numel: int) -> tuple[Slot, int, int, int]:
+    """A place in the shard as one in a tile of it."""
+    low, high = max(at, tile.begin), min(at + numel, tile.end)
+    return (slot, begin + low - at, low - tile.begin, high - low) if low < high else (slot, 0, 0, 0)
 
 
 def _target(
@@ -222,6 +234,7 @@ def _target(
     places: Sequence[tuple[Slot, int, int, int]],
     matched: Mapping[str, str],
     where: Mapping[str, int],
+    tile: Tile | None = None,
 ) -> _Target:
     """``places`` are ``(slot, first element in the parameter, place in the tensor, numel)``."""
     spans: dict[int, list[Span]] = {}
@@ -240,7 +253,7 @@ def _target(
     parts = {index: ShardLayout(1, (tensor.numel(),), tuple(found)) for index, found in spans.items()}
     first = places[0][0]
     name = matched.get(first.name, first.name)
-    return _Target(tensor, first.bucket.group_index, main, parts, name, tuple(fresh))
+    return _Target(tensor, first.bucket.group_index, main, parts, name, tuple(fresh), tile)
 
 
 def _check_kind(flat: FlatOptimizer, reader: ZeroReader, saved_index: int, live_index: int) -> None:
@@ -275,24 +288,11 @@ def _scalar_of(group: ZeroGroup, key: str) -> Any:
 def _state_template(flat: FlatOptimizer, group_index: int, saved: dict[str, Any]) -> dict[str, Any] | None:
     """What a step of the running optimizer, with the options it will have after loading, puts into its state.
 
-    Found by stepping a scrap tensor, since torch's optimizers do not tell. None where that does not work, or where the
-    state is not elementwise.
+    None where that cannot be found out, or where the state is not elementwise.
     """
     live = flat.param_groups[group_index]
-    optimizer = flat.optimizer
-    scrap = torch.nn.Parameter(torch.zeros((2, 3) if flat.stage == 0 else (6,)))
-    scrap.grad = torch.zeros_like(scrap)
     options = {**live, **{k: v for k, v in saved.items() if k in live and k not in _IMPLEMENTATION_KEYS}}
-    try:
-        probe = type(optimizer).__new__(type(optimizer))
-        group = {**options, "params": [scrap]}
-        probe.__setstate__({**optimizer.__getstate__(), "state": defaultdict(dict), "param_groups": [group]})
-        probe.step()
-        state = dict(probe.state.get(scrap, {}))
-    except Exception:  # a client's optimizer may need what only its constructor sets
-        return None
-    shapes = {tuple(v.shape) for v in state.values() if _elementwise(v)}
-    return state if shapes <= {tuple(scrap.shape)} else None
+    return state_template(flat.optimizer, options, torch.zeros((2, 3) if flat.stage == 0 else (6,)))
 
 
 # -- the copies --------------------------------------------------------------------------------------------------------
@@ -305,13 +305,15 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan) -> None:
     ``publish_weights``.
     """
     for target in plan.targets:
-        _load_target(flat, plan, target)
+        with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
+            _load_target(flat, plan, target)
     for live, source in zip(flat.param_groups, plan.groups, strict=True):
         # Into the live dicts, which clients and schedulers hold.
         options = _options_of(plan.reader.groups[source]) if source is not None else {}
         live.update({key: value for key, value in options.items() if key in live})
     _load_scaler(flat, plan.reader)
     flat.overflow = False
+    flat.mended()
 
 
 def _load_target(flat: FlatOptimizer, plan: LoadPlan, target: _Target) -> None:
@@ -407,4 +409,4 @@ def follow_weights(flat: FlatOptimizer, names: Collection[str]) -> None:
             slot.view(bucket.master).copy_(slot.view(bucket.weights))
         else:
             _, at, numel = slot.overlap(flat.transport.rank)
-            bucket.master[at : at + numel].copy_(bucket.own_weights[at : at + numel])
+            bucket.master[at : at + numel].copy_(bucket.own_part(slot))

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from deepspeed._core.ckpt.source import Exchanged, Rope, Source
+from deepspeed._core.ckpt.source import Exchanged, Part, Rope, Source
 from deepspeed._core.layout.spans import bucketed, contiguous
 from deepspeed._core.reduce.bucket import Bucket
+from deepspeed._core.store.tiles import is_elementwise
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -37,18 +38,16 @@ def _group_options(group: dict[str, Any], params: list[int]) -> dict[str, Any]:
     return {**plain, "params": params}
 
 
-def _split_state(flat: FlatOptimizer, bucket: Bucket) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A shard's state: tensors with one value an element, and values that hold for the shard as a whole."""
-    (master,) = flat.master_of(bucket)
-    state = flat.optimizer.state.get(master, {})
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
-    for key, value in tensors.items():
-        if value.shape != master.shape:
-            raise CheckpointError(
-                f"{type(flat.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a shard of "
-                f"{master.numel()} elements: state that is not elementwise can be saved with ZeRO stage 0 only"
-            )
-    return tensors, {k: v for k, v in state.items() if k not in tensors}
+def _names(flat: FlatOptimizer, bucket: Bucket) -> list[str]:
+    """Names of a shard's states with one value an element."""
+    for tile in flat.states.tiles(bucket):
+        for key, value in flat.states.state_of(tile).items():
+            if is_elementwise(value) and value.shape != tile.param.shape:
+                raise CheckpointError(
+                    f"{type(flat.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a shard of "
+                    f"{tile.numel} elements: state that is not elementwise can be saved with ZeRO stage 0 only"
+                )
+    return flat.states.names(bucket)
 
 
 def partition_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup | None) -> dict[str, Any]:
@@ -63,6 +62,7 @@ def partition_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup |
     Raises:
         CheckpointError: the optimizer keeps state that is not elementwise, which no other cut of the group could use.
     """
+    flat.require_intact()
     return _per_param_state(flat) if flat.stage == 3 else _contiguous_state(flat, group)
 
 
@@ -85,14 +85,12 @@ def _per_param_state(flat: FlatOptimizer) -> dict[str, Any]:
         tiles = _tiles(buckets, flat.settings.sub_group_numel)
         groups.append(_group_options(group, list(range(len(masters), len(masters) + len(tiles)))))
         for tile in tiles:
-            held = [_split_state(flat, bucket) for bucket in tile]
-            entry = {key: value for _, scalars in held for key, value in scalars.items()}
-            for key in sorted({key for tensors, _ in held for key in tensors}):
-                parts = zip(held, tile, strict=True)
-                entry[key] = Rope([t[key] if key in t else torch.zeros_like(b.master) for (t, _), b in parts])
+            entry = {key: value for bucket in tile for key, value in flat.states.scalars(bucket).items()}
+            for key in sorted({name for bucket in tile for name in _names(flat, bucket)}):
+                entry[key] = Rope([part for bucket in tile for part in flat.states.parts(bucket, key)])
             if entry:
                 state[len(masters)] = entry
-            masters.append(Rope([bucket.master for bucket in tile]))
+            masters.append(Rope([part for bucket in tile for part in flat.states.parts(bucket, None)]))
     return {
         "zero_stage": int(flat.stage),
         **_progress(flat),
@@ -138,11 +136,14 @@ def _contiguous_state(flat: FlatOptimizer, group: torch.distributed.ProcessGroup
         )
         # The documented files hold the masters without the padding at the end, the state with it.
         numel = wanted.buffer_numels[rank] - padding
-        masters.append(Exchanged([b.master for b in buckets], held, wanted, group, rank, numel))
-        states = [_split_state(flat, bucket) for bucket in buckets]
-        entry: dict[str, Any] = dict(states[0][1])
-        for key in states[0][0]:
-            entry[key] = Exchanged([tensors[key] for tensors, _ in states], held, wanted, group, rank)
+
+        def parts(key: str | None, buckets: list[Bucket] = buckets) -> list[Part]:
+            return [part for bucket in buckets for part in flat.states.parts(bucket, key)]
+
+        masters.append(Exchanged(parts(None), held, wanted, group, rank, numel))
+        entry: dict[str, Any] = flat.states.scalars(buckets[0])
+        for key in sorted({name for bucket in buckets for name in _names(flat, bucket)}):
+            entry[key] = Exchanged(parts(key), held, wanted, group, rank)
         if entry:
             state[index] = entry
     return {

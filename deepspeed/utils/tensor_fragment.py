@@ -11,7 +11,7 @@ the accumulation boundary and before ``step``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,19 +92,30 @@ def _find(param: torch.nn.Parameter) -> tuple[FlatOptimizer, Slot] | None:
     )
 
 
-def _locate(owner: FlatOptimizer, slot: Slot, key: str | None) -> torch.Tensor:
-    """The tensor with the wanted values: of the parameter in stage 0, of this rank's bucket slice otherwise."""
-    bucket = slot.bucket
-    masters = owner.master_of(bucket)
-    master = masters[bucket.position[id(slot)]] if owner.stage == 0 else masters[0]
+def _whole(owner: FlatOptimizer, slot: Slot, key: str | None) -> torch.Tensor:
+    """Stage 0: the parameter's master or state."""
+    master = owner.master_of(slot.bucket)[slot.bucket.position[id(slot)]]
     if key is None:
         return master.detach()
     state = owner.optimizer.state.get(master, {})
-    usable = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == master.shape)
+    _check_key(slot, key, [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == master.shape])
+    found: torch.Tensor = state[key]
+    return found
+
+
+def _own(owner: FlatOptimizer, slot: Slot, key: str | None) -> torch.Tensor:
+    """Stages 1 to 3: this rank's part, 1-D; a copy if it rests in a file."""
+    states = owner.states
+    if key is not None:
+        _check_key(slot, key, states.names(slot.bucket))
+    _, at, numel = slot.overlap(owner.transport.rank)
+    return states.read(slot.bucket, key, at, at + numel)
+
+
+def _check_key(slot: Slot, key: str, usable: Iterable[str]) -> None:
     if key not in usable:
-        have = ", ".join(usable) if usable else "none yet: states are made by the first step"
+        have = ", ".join(sorted(usable)) or "none yet: states are made by the first step"
         raise ValueError(f"optimizer state {key!r} of {slot.name} does not exist; there are: {have}")
-    return state[key]
 
 
 def _pieces(owner: FlatOptimizer, slot: Slot) -> Iterator[tuple[int, int, int, int]]:
@@ -116,12 +127,12 @@ def _pieces(owner: FlatOptimizer, slot: Slot) -> Iterator[tuple[int, int, int, i
 
 
 def _gather(owner: FlatOptimizer, slot: Slot, local: torch.Tensor) -> torch.Tensor:
-    """The whole parameter-shaped fp32 tensor from every rank's slice-shaped ``local``."""
+    """The whole parameter-shaped fp32 tensor from every rank's own elements."""
     full = torch.empty(slot.numel, dtype=torch.float32, device=slot.bucket.device)
-    for rank, begin, at, numel in _pieces(owner, slot):
+    for rank, begin, _, numel in _pieces(owner, slot):
         part = full[begin : begin + numel]
         if rank == owner.transport.rank:
-            part.copy_(local[at : at + numel])
+            part.copy_(local)
         if owner.transport.world_size > 1:
             dist.broadcast(part, src=owner.transport.global_rank(rank), group=owner.transport.group)
     return full.view(slot.param.shape)
@@ -132,10 +143,15 @@ def _get_full(param: torch.nn.Parameter, key: str | None) -> torch.Tensor | None
     if found is None:
         return None
     owner, slot = found
-    tensor = _locate(owner, slot, key)
     if owner.stage == 0:
-        return tensor.detach().float().reshape(slot.param.shape).clone()
-    return _gather(owner, slot, tensor)
+        return _whole(owner, slot, key).detach().float().reshape(slot.param.shape).clone()
+    local, failure = slot.param.new_empty(0), None
+    try:
+        local = _own(owner, slot, key)
+    except OSError as error:
+        failure = error
+    owner.agree_on_files(failure)
+    return _gather(owner, slot, local)
 
 
 def _get_local(param: torch.nn.Parameter, key: str | None) -> torch.Tensor | None:
@@ -143,11 +159,7 @@ def _get_local(param: torch.nn.Parameter, key: str | None) -> torch.Tensor | Non
     if found is None:
         return None
     owner, slot = found
-    tensor = _locate(owner, slot, key)
-    if owner.stage == 0:
-        return tensor.reshape(-1)
-    _, at, numel = slot.overlap(owner.transport.rank)
-    return tensor[at : at + numel]
+    return _whole(owner, slot, key).reshape(-1) if owner.stage == 0 else _own(owner, slot, key)
 
 
 def _set_full(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) -> None:
@@ -157,14 +169,9 @@ def _set_full(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) -
     owner, slot = found
     if tuple(value.shape) != tuple(slot.param.shape):
         raise ValueError(f"{slot.name} has shape {tuple(slot.param.shape)}; the given value has {tuple(value.shape)}")
-    tensor = _locate(owner, slot, key)
-    before_change()
+    begin, _, numel = (0, 0, slot.numel) if owner.stage == 0 else slot.overlap(owner.transport.rank)
+    _put(owner, slot, key, value.reshape(-1)[begin : begin + numel])
     with torch.no_grad():
-        if owner.stage == 0:
-            tensor.view(slot.param.shape).copy_(value)
-        else:
-            begin, at, numel = slot.overlap(owner.transport.rank)
-            tensor[at : at + numel].copy_(value.reshape(-1)[begin : begin + numel])
         if key is None:
             owner.store_weight(slot, 0, value.reshape(-1))
 
@@ -174,19 +181,26 @@ def _set_local(param: torch.nn.Parameter, value: torch.Tensor, key: str | None) 
     if found is None:
         raise ValueError("this parameter is frozen: it has no optimizer state; write to the parameter itself")
     owner, slot = found
-    tensor = _locate(owner, slot, key)
-    if owner.stage == 0:
-        begin, at, numel = 0, 0, slot.numel
-        tensor = tensor.view(-1)
-    else:
-        begin, at, numel = slot.overlap(owner.transport.rank)
+    begin, _, numel = (0, 0, slot.numel) if owner.stage == 0 else slot.overlap(owner.transport.rank)
     if value.numel() != numel:
         raise ValueError(f"this rank owns {numel} elements of {slot.name}; the given value has {value.numel()}")
-    before_change()
+    _put(owner, slot, key, value.reshape(-1))
     with torch.no_grad():
-        tensor[at : at + numel].copy_(value.reshape(-1))
         if key is None:
             owner.store_weight(slot, begin, value.reshape(-1))
+
+
+def _put(owner: FlatOptimizer, slot: Slot, key: str | None, values: torch.Tensor) -> None:
+    """Replaces this rank's own elements by ``values``, 1-D."""
+    before_change()
+    with torch.no_grad():
+        if owner.stage == 0:
+            _whole(owner, slot, key).view(-1).copy_(values)
+            return
+        if key is not None:
+            _check_key(slot, key, owner.states.names(slot.bucket))
+        _, at, _ = slot.overlap(owner.transport.rank)
+        owner.states.write(slot.bucket, key, at, values.detach())
 
 
 def _reduced_bucket(owner: FlatOptimizer, slot: Slot) -> Bucket:
@@ -217,16 +231,17 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     owner, slot = found
     owner.settle_gradients()
     bucket = _reduced_bucket(owner, slot)
-    return _gather(owner, slot, bucket.grad_shard).div_(owner.loss_scale)
+    _, at, numel = slot.overlap(owner.transport.rank)
+    return _gather(owner, slot, bucket.grad_shard[at : at + numel]).div_(owner.loss_scale)
 
 
 def safe_get_local_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
-    """This rank's part of the fp32 master weight, 1-D, a view."""
+    """This rank's part of the fp32 master weight, 1-D; a view, or a copy if it rests in a file."""
     return _get_local(param, None)
 
 
 def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
-    """This rank's part of an optimizer state, 1-D, a view."""
+    """This rank's part of an optimizer state, 1-D; a view, or a copy if it rests in a file."""
     return _get_local(param, optim_state_key)
 
 

@@ -18,8 +18,8 @@ BASE = {"train_batch_size": 8}
 ASKING: dict[str, object] = {
     "zero_optimization.stage": 3,
     "zero_optimization.offload_param.device": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-    "zero_optimization.offload_optimizer.device": {
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    "zero_optimization.offload_optimizer.super_offload": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}
     },
     "zero_optimization.zero_hpz_partition_size": 8,
     "zero_optimization.zeropp_loco_param": {},

@@ -26,6 +26,7 @@ OWN_KEYS = {
     "verify_gradients",
     "hang_timeout_s",
     "fp16.consecutive_skip_limit",
+    "zero_optimization.offload_optimizer.buffer_size",
     "checkpoint.async_save",
     "checkpoint.keep_last",
     "checkpoint.verify_checksums",

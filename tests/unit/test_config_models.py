@@ -301,7 +301,7 @@ def test_other_values_are_not_integers(bad):
         ({"bf16": {"bf16_optimizer_states": True}}, "needs bf16_master_weights_and_grads"),
         ({"amp": {"enabled": True}, "zero_optimization": {"stage": 1}}, "amp does not go with ZeRO"),
         ({"gradient_allreduce_op": "sum", "prescale_gradients": True}, "parts of a mean"),
-        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, "nvme needs stage 3"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.nvme_path"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param to cpu needs stage 3"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "needs stage 1, 2 or 3, and stage is 0"),
     ],

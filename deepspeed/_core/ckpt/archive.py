@@ -154,6 +154,11 @@ class Archive:
         """Whether tensors were changed before they were written, without :meth:`freeze`: the file is worth nothing then."""
         return any(source.torn for source in self.sources)
 
+    @property
+    def error(self) -> OSError | None:
+        """Why some of its content could not be read."""
+        return next((source.error for source in self.sources if source.error is not None), None)
+
     def freeze(self) -> None:
         """The content from now on does not depend on the tensors that were given."""
         for source in self.sources:

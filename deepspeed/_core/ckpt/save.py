@@ -81,7 +81,7 @@ class SaveJob:
                         archive.write(sink)
                     finally:
                         found = sink.close()
-                    error = error or sink.error or self._torn(archive)
+                    error = error or sink.error or archive.error or self._torn(archive)
                     if found is not None:
                         sums[name] = found
         except BaseException:  # no matter of this rank's disk: a rank has died, or memory is used up

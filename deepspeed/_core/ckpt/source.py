@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from typing import Protocol
 
 import torch
 import torch.distributed
@@ -20,10 +21,29 @@ from deepspeed._core.layout.reshard import Copy, reshard
 from deepspeed._core.layout.spans import ShardLayout
 from deepspeed._core.pages import empty_flat
 
-__all__ = ["Blank", "Exchanged", "Live", "Rope", "Source"]
+__all__ = ["Blank", "Exchanged", "Live", "Part", "Rope", "Source"]
 
 # Long enough for large writes, short enough that who freezes a source waits for milliseconds only.
 _TILE_NBYTES = 16 << 20
+
+
+class Part(Protocol):
+    """A run of elements that can be read piece by piece; see :class:`Live`."""
+
+    torn: bool
+    error: OSError | None
+    dtype: torch.dtype
+    numel: int
+
+    def read(self, begin: int, end: int, use: Callable[[torch.Tensor], None]) -> None: ...
+
+    def freeze(self) -> None: ...
+
+    def drop(self, before: int) -> None: ...
+
+
+def _part(given: torch.Tensor | Part) -> Part:
+    return Live(given) if isinstance(given, torch.Tensor) else given
 
 
 class Live:
@@ -37,6 +57,8 @@ class Live:
         self._version = _version_of(flat)
         #: Whether the tensor was changed before all of it was read or copied, so that what was read is no state it ever had.
         self.torn = False
+        #: Why what was read is no state at all: reading goes on, since other ranks wait for it.
+        self.error: OSError | None = None
         #: First element of the tensor that is still there: those before were read for the last time.
         self._base = 0
         self.dtype = tensor.dtype
@@ -85,7 +107,7 @@ class Source:
     """
 
     collective = False
-    _parts: Sequence[Live] = ()
+    _parts: Sequence[Part] = ()
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.shape = tuple(shape)
@@ -106,6 +128,11 @@ class Source:
         """Whether the tensors it comes from were changed while they were read, without :meth:`freeze`."""
         return any(part.torn for part in self._parts)
 
+    @property
+    def error(self) -> OSError | None:
+        """Why some of the elements could not be read; what was given instead is nothing."""
+        return next((part.error for part in self._parts if part.error is not None), None)
+
     def write(self, use: Callable[[torch.Tensor], None]) -> None:
         """Gives ``use`` all elements in order, in tiles: 1-D on the CPU, which it must not keep. Once only."""
         raise NotImplementedError
@@ -118,9 +145,9 @@ class Source:
 class Rope(Source):
     """Tensors of one dtype, one after the other."""
 
-    def __init__(self, parts: Sequence[torch.Tensor], shape: Sequence[int] | None = None) -> None:
+    def __init__(self, parts: Sequence[torch.Tensor | Part], shape: Sequence[int] | None = None) -> None:
         dtype = parts[0].dtype if parts else torch.float32
-        self._parts = [Live(part) for part in parts]
+        self._parts = [_part(part) for part in parts]
         super().__init__((sum(part.numel for part in self._parts),) if shape is None else shape, dtype)
         if any(part.dtype != dtype for part in self._parts) or sum(p.numel for p in self._parts) != self.numel:
             raise AssertionError(
@@ -175,7 +202,7 @@ class Exchanged(Source):
 
     def __init__(
         self,
-        parts: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor | Part],
         held: ShardLayout,
         wanted: ShardLayout,
         group: torch.distributed.ProcessGroup | None,
@@ -183,7 +210,7 @@ class Exchanged(Source):
         numel: int | None = None,
     ) -> None:
         super().__init__((wanted.buffer_numels[rank] if numel is None else numel,), parts[0].dtype)
-        self._parts = [Live(part) for part in parts]
+        self._parts = [_part(part) for part in parts]
         self._wanted, self._group, self._rank = wanted, group, rank
         self._outgoing: list[list[Copy]] = [[] for _ in range(held.world_size)]
         self._incoming: list[list[Copy]] = [[] for _ in range(held.world_size)]

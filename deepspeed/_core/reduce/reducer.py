@@ -210,6 +210,11 @@ class GradReducer:
             self._pool = []
             self.transport.free_buffers()
 
+    def free_buffers(self) -> None:
+        """Frees what is kept for the next backward; between windows."""
+        self._pool = []
+        self.transport.free_buffers()
+
     def detach(self) -> None:
         """Removes the hooks and frees the buffers. Idempotent."""
         for handle in self._handles:

@@ -6,20 +6,28 @@ earlier training.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from deepspeed._core.reduce.bucket import Bucket
+from deepspeed._core.store.states import ShardStates
+from deepspeed._core.store.tiles import is_elementwise
 
 __all__ = ["carry_state"]
 
 
 def carry_state(
-    optimizer: torch.optim.Optimizer, buckets: Sequence[Bucket], masters: Mapping[int, Sequence[torch.Tensor]]
+    optimizer: torch.optim.Optimizer,
+    buckets: Sequence[Bucket],
+    masters: Mapping[int, Sequence[torch.Tensor]],
+    shards: ShardStates | None,
 ) -> None:
     """Re-keys ``optimizer.state`` from model parameters to ``masters`` (by bucket index), cut to this rank's slices.
+
+    ``shards`` has the tiles of the slices; None if masters are whole.
 
     Not collective; every rank must hold the same state.
 
@@ -35,11 +43,28 @@ def carry_state(
         if not any(states):
             continue
         tensors = masters[bucket.index]
-        if len(tensors) == len(bucket.slots) and all(t.shape == s.param.shape for t, s in _pairs(tensors, bucket)):
+        if shards is None or _is_whole(tensors, bucket, shards):
             for master, state in zip(tensors, states, strict=True):
                 optimizer.state[master] = {key: _like_master(value, master) for key, value in state.items()}
-        else:
-            optimizer.state[tensors[0]] = _merge(bucket, states)
+            continue
+        merged = _merge(bucket, states)
+        for tile in shards.tiles(bucket):
+            with shards.editing(tile):
+                optimizer.state[tile.param] = {
+                    key: value[tile.begin : tile.end].to(tile.param.device)
+                    if is_elementwise(value) and value.numel() == bucket.shard_numel
+                    else copy.copy(value)
+                    for key, value in merged.items()
+                }
+
+
+def _is_whole(tensors: Sequence[torch.Tensor], bucket: Bucket, shards: ShardStates) -> bool:
+    """Whether the bucket is a single parameter, its state may have any shape, and all of it is here."""
+    return (
+        shards.in_memory(bucket)
+        and len(tensors) == len(bucket.slots)
+        and all(t.shape == s.param.shape for t, s in _pairs(tensors, bucket))
+    )
 
 
 def _pairs(tensors: Sequence[torch.Tensor], bucket: Bucket) -> Any:

@@ -181,10 +181,10 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
         if offload is not None and offload.device != OffloadDeviceEnum.none:
             if self.stage == ZeroStageEnum.disabled:
                 raise ConfigError("offload_optimizer needs stage 1, 2 or 3, and stage is 0")
-            if offload.device == OffloadDeviceEnum.nvme and self.stage != ZeroStageEnum.weights:
-                raise ConfigError(f"offload_optimizer to nvme needs stage 3, and stage is {int(self.stage)}")
-            if offload.ratio < 1.0 and self.stage != ZeroStageEnum.weights:
-                raise ConfigError(f"offload_optimizer.ratio below 1 needs stage 3, and stage is {int(self.stage)}")
+            if offload.device == OffloadDeviceEnum.nvme and offload.nvme_path is None:
+                raise ConfigError(
+                    "offload_optimizer.device = nvme needs offload_optimizer.nvme_path, an existing directory"
+                )
         param = self.offload_param
         if param is not None and param.device != OffloadDeviceEnum.none and self.stage != ZeroStageEnum.weights:
             raise ConfigError(f"offload_param to {param.device.value} needs stage 3, and stage is {int(self.stage)}")

@@ -87,6 +87,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
                         device=device,
                     )
                     bucket.adopt_shards()
+                    self.states.adopt(bucket)
                     buckets.append(bucket)
         return buckets
 
@@ -94,8 +95,8 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
 
     @property
     def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
-        """The fp32 masters that this rank updates, 1-D, one a bucket."""
-        return [bucket.master for bucket in self.buckets]
+        """The fp32 masters that this rank updates, 1-D, one a bucket; copies of what is in files."""
+        return self.single_partition_of_fp32_groups
 
     @property
     def fp16_partitioned_groups(self) -> list[list[torch.Tensor]]:
@@ -177,17 +178,27 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         before_change()
         for bucket in self.buckets:
             if not bucket.full_precision:
-                bucket.master.copy_(bucket.weights)
+                self.states.write(bucket, None, 0, bucket.weights)
 
     def publish_weights(self) -> None:
         before_change()
         coordinator = self.parameter_offload.coordinator
         coordinator.release_all()
         coordinator.forget_copies()
+        failure: OSError | None = None
         for bucket in self.buckets:
             if not bucket.full_precision:
-                bucket.weights.copy_(bucket.master)
+                failure = self._master_to_weights(bucket) or failure
+        self.agree_on_files(failure)
         coordinator.refresh_persistent()
+
+    def release_weights(self) -> None:
+        coordinator = self.parameter_offload.coordinator
+        coordinator.release_all()
+        coordinator.forget_copies()
+
+    def restore_weights(self) -> None:
+        self.parameter_offload.coordinator.refresh_persistent()
 
     def store_weight(self, slot: Slot, begin: int, values: torch.Tensor) -> None:
         handle = handle_of(slot.param)
@@ -207,9 +218,10 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
             return
         _, at, numel = slot.overlap(self.transport.rank)
         new = slot.param.ds_tensor[:numel]  # type: ignore[attr-defined]
-        master = bucket.master[at : at + numel]
+        master = self.states.read(bucket, None, at, at + numel)
         changed = master.to(new.dtype) != new
-        master.copy_(torch.where(changed, new.to(master.dtype), master))
+        if bool(changed.any()):
+            self.states.write(bucket, None, at, torch.where(changed, new.to(master.dtype), master))
 
     def destroy(self) -> None:
         super().destroy()
