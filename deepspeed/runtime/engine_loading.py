@@ -32,7 +32,7 @@ from deepspeed._core.ckpt.reader import NativeZeroReader, ZeroReader
 from deepspeed._core.ckpt.staging import tag_of
 from deepspeed._core.ckpt.universal import UniversalReader, is_universal
 from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
-from deepspeed._core.params.handle import handle_of
+from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
@@ -264,6 +264,8 @@ def _load_module(
             entries = partitioned_state.whole_state_dict(module, entries, weights)
         before = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
         undo.callback(_restore, before, flat, _masters_of(flat))
+        away = [handle for handle in handles_of(engine.module.parameters()) if handle.away is not None]
+        undo.callback(_restore_shards, [(handle, handle.shard) for handle in away])
         engine.load_module_state_dict(entries, strict=what.strict, custom_load_fn=what.custom_load_fn)
         return
     brought = plan.matched if plan is not None and (weights is not None or _masters_count(engine)) else {}
@@ -294,12 +296,17 @@ def _restore(
                 flat.set_master_shard(bucket, value)
 
 
+def _restore_shards(values: list[tuple[ParamHandle, torch.Tensor]]) -> None:
+    for handle, value in values:
+        handle.store(value)
+
+
 def _tensors_of(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     """Where the module's values are; of partitioned parameters the shards, and the whole data while there."""
     tensors: list[torch.Tensor] = [*engine.module.buffers()]
     for param in engine.module.parameters():
         handle = handle_of(param)
-        if handle is not None:
+        if handle is not None and handle.away is None:
             tensors.append(handle.param.ds_tensor)  # type: ignore[attr-defined]
         if handle is None or handle.available:
             tensors.append(param.data)

@@ -29,6 +29,7 @@ from deepspeed.runtime.lr_schedules import build_scheduler
 from deepspeed.runtime.zero.module_state import unwatch_state
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, partition_module
 from deepspeed.runtime.zero.partition_parameters import is_zero_param, unpartition
+from deepspeed.runtime.zero.shard_homes import shard_store
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.topology import is_quantised
@@ -161,7 +162,13 @@ def partition_or_unite(
     if config.zero_optimization_stage == 3:
         apply_zero_leaf_module_config(module, config.zero_config.leaf_module)
         return partition_module(
-            module, config.zero_config, group=group, device=device, dtype=policy.param_dtype, keep_dtype=trained
+            module,
+            config.zero_config,
+            group=group,
+            device=device,
+            dtype=policy.param_dtype,
+            keep_dtype=trained,
+            store=shard_store(config.zero_config, config.document.aio, device),
         )
     united = unpartition(module.parameters())
     if united:

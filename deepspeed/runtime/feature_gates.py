@@ -28,11 +28,9 @@ class Gate:
 
 
 _OFF = "Leave it off."
-_NONE = 'Set its device to "none", or leave the section out.'
 
 GATES: tuple[Gate, ...] = (
     # ZeRO
-    Gate("zero_optimization.offload_param.device", "parameter offload", _NONE),
     Gate("zero_optimization.offload_optimizer.super_offload", "the Superchip scheduler", _OFF),
     Gate("zero_optimization.zenflow", "ZenFlow"),
     # Precision and gradients

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from deepspeed._core.ckpt.guard import before_change
-from deepspeed._core.params.bucket import ShardBucket, plan_shard_buckets
+from deepspeed._core.params.bucket import Rows, ShardBucket, plan_shard_buckets
 from deepspeed._core.params.handle import ParamHandle, handle_of
 from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed._core.reduce.transport import Pending
+from deepspeed.comm.agreement import together
 from deepspeed.runtime.flat_optimizer import FlatOptimizer, check_trainable
 from deepspeed.runtime.zero.estimate import (
     estimate_zero3_model_states_mem_needs,
@@ -43,6 +44,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         self, optimizer: torch.optim.Optimizer, *args: Any, parameter_offload: DeepSpeedZeRoOffload, **kwargs: Any
     ) -> None:
         self.parameter_offload = parameter_offload
+        self._rows: Rows | None = None
         super().__init__(optimizer, *args, **kwargs)
         coordinator = parameter_offload.coordinator
         coordinator.on_tick, coordinator.on_backward_end = self._send_due, self.reducer.end_backward
@@ -86,10 +88,19 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
                         accum_dtype=precision.accum_dtype_of(dtype),
                         device=device,
                     )
-                    bucket.adopt_shards()
+                    if self.parameter_offload.store is None:
+                        bucket.adopt_shards()
+                    else:
+                        together(bucket.adopt_shards)
+                    if bucket.away:
+                        bucket.rows = self._rows = self._rows or Rows()
                     self.states.adopt(bucket)
                     buckets.append(bucket)
         return buckets
+
+    @property
+    def _shard_buckets(self) -> list[ShardBucket]:
+        return [bucket for bucket in self.buckets if isinstance(bucket, ShardBucket)]
 
     # -- what users and clients read ---------------------------------------------------------------------------------
 
@@ -150,7 +161,20 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         self.parameter_offload.coordinator.before_update()
 
     def _after_update(self) -> None:
-        self.parameter_offload.coordinator.refresh_persistent(stepped=True)
+        coordinator = self.parameter_offload.coordinator
+        self._settle_rows()
+        coordinator.refresh_persistent(stepped=True)
+        coordinator.read_first(coordinator.book.plans[True])
+
+    def _settle_rows(self) -> None:
+        """Returns when the weights are where they rest; what fails on any rank is raised on all. Collective."""
+        if self._rows is None:
+            return
+        try:
+            together(self._rows.drain)
+        except Exception as error:
+            self._broken = f"weights could not be written ({error})"
+            raise
 
     def _extra_flags(self) -> list[float]:
         return self.parameter_offload.coordinator.book.flags()
@@ -161,6 +185,8 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
             coordinator.book.adopt(coordinator.units)
 
     def _publish(self, bucket: Bucket) -> Pending:
+        if isinstance(bucket, ShardBucket):
+            bucket.send_away()
         return Pending()
 
     def _check_usable(self) -> None:
@@ -168,17 +194,17 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         self.settle_weights()
 
     def settle_weights(self) -> None:
-        for bucket in self.buckets:
-            if isinstance(bucket, ShardBucket):
-                bucket.settle_rebound()
+        for bucket in self._shard_buckets:
+            bucket.settle_rebound()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def refresh_master(self) -> None:
         before_change()
-        for bucket in self.buckets:
+        for bucket in self._shard_buckets:
             if not bucket.full_precision:
-                self.states.write(bucket, None, 0, bucket.weights)
+                for position, slot in enumerate(bucket.slots):
+                    self.states.write(bucket, None, slot.start, bucket.weights_of(position))
 
     def publish_weights(self) -> None:
         before_change()
@@ -186,10 +212,12 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         coordinator.release_all()
         coordinator.forget_copies()
         failure: OSError | None = None
-        for bucket in self.buckets:
+        for bucket in self._shard_buckets:
             if not bucket.full_precision:
                 failure = self._master_to_weights(bucket) or failure
+                bucket.send_away()
         self.agree_on_files(failure)
+        self._settle_rows()
         coordinator.refresh_persistent()
 
     def release_weights(self) -> None:
@@ -217,7 +245,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         if bucket.full_precision:
             return
         _, at, numel = slot.overlap(self.transport.rank)
-        new = slot.param.ds_tensor[:numel]  # type: ignore[attr-defined]
+        new = bucket.own_part(slot)
         master = self.states.read(bucket, None, at, at + numel)
         changed = master.to(new.dtype) != new
         if bool(changed.any()):
