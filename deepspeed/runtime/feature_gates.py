@@ -115,6 +115,9 @@ _STAGE_3_KEYS = (
     "mics_hierarchical_params_gather",
 )
 
+# Of offload_optimizer, read for device nvme only.
+_FILE_KEYS = ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+
 
 def closed_gates(document: DeepSpeedConfigDocument) -> list[tuple[str, Any, Gate]]:
     """``(key, value, gate)`` of each setting that asks for a missing feature. Pure."""
@@ -143,6 +146,14 @@ def inert_settings(document: DeepSpeedConfigDocument, report: ConfigReport) -> l
             place = join("zero_optimization", name)
             if report.origin(place) == "user" and getattr(zero, name) != _default(zero, name):
                 said.append(f"{report.written[place]} has no effect below ZeRO stage 3 (stage is {int(zero.stage)})")
+    section = zero.offload_optimizer
+    if section is not None and section.device.value != "none":
+        unused = ("cpuadam_cores_perc",) if section.device.value == "nvme" else ("cpuadam_cores_perc", *_FILE_KEYS)
+        for name in unused:
+            place = join("zero_optimization.offload_optimizer", name)
+            if report.origin(place) == "user" and getattr(section, name) != _default(section, name):
+                why = "without files (device is cpu)" if name in _FILE_KEYS else "without super_offload"
+                said.append(f"{report.written[place]} has no effect {why}")
     offloads = (zero.offload_optimizer, zero.offload_param)
     reads_files = any(section is not None and section.device.value == "nvme" for section in offloads)
     for name in type(document.aio).model_fields if not reads_files else ():

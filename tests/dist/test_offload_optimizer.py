@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import logging
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ from deepspeed.runtime.zero.estimate import zero2_memory_needs
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from deepspeed.runtime.zero.offload_states import get_state_devices
 from deepspeed.utils import (
+    logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_optimizer_state,
@@ -453,6 +455,16 @@ def _refusals(rank: int, world: int, folder: str) -> None:
     )[0]
     assert type(engine.basic_optimizer) is DeepSpeedCPUAdam
     engine.destroy()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with engine_of(config_of(2, nvme(folder))) as engine:
+        plan = plan_memory(engine._flat)
+        numbers = f"device {plan.device}, host {plan.host}, pinned 0, disk {plan.disk} "
+        assert any("planned bytes a rank: " + numbers in line for line in said), said
+    logger.setLevel(logging.WARNING)
     config = config_of(1)
     del config["zero_optimization"]["reduce_bucket_size"]
     config["zero_optimization"]["cpu_offload"] = True

@@ -193,6 +193,30 @@ def test_settings_without_effect_are_said_once():
     assert len(said) == 7, said  # and none for values that are the default anyway
 
 
+def test_offload_settings_without_effect_are_said():
+    offload = {
+        "device": "cpu",
+        "nvme_path": "/nvme",
+        "buffer_count": 4,
+        "pipeline_read": True,
+        "cpuadam_cores_perc": 0.5,
+    }
+    with warnings_said() as said:
+        DeepSpeedConfig({**BASE, "zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    place = "zero_optimization.offload_optimizer."
+    assert sorted(said) == [
+        f"{place}cpuadam_cores_perc has no effect without super_offload",
+        f"{place}nvme_path has no effect without files (device is cpu)",
+        f"{place}pipeline_read has no effect without files (device is cpu)",
+    ]
+    offload = {"device": "nvme", "nvme_path": "/nvme", "pipeline_read": True}
+    with warnings_said() as said:
+        DeepSpeedConfig(
+            {**BASE, "aio": {"queue_depth": 4}, "zero_optimization": {"stage": 2, "offload_optimizer": offload}}
+        )
+    assert said == []
+
+
 def test_auto_stage_3_keys_are_silent():
     zero = {"stage": 1, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
     with warnings_said() as said:
