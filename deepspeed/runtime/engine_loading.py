@@ -128,6 +128,7 @@ def _load_from(engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadW
     if plan is not None and flat is not None:
         together(lambda: optimizer_loading.load_planned(flat, plan))
         _agree_on_weights(engine, opened, plan)
+        flat.mended()
     if engine._offload is not None:
         engine._offload.refresh()
     if flat is not None:

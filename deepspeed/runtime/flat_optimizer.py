@@ -119,6 +119,7 @@ class FlatOptimizer(ShardOwner):
         self.states = optimizer_offload.make_states(optimizer, settings.offload, self.transport.rank)
         try:
             self.buckets = self._make_buckets(names, device)
+            self.states.finish()
             optimizer_offload.agree(self.states.failure, group, device)
             self._masters = self._hand_over_masters()
         except BaseException:

@@ -304,6 +304,7 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan) -> None:
     Takes no memory but that of the state itself. Not collective; the weights on other ranks follow with
     ``publish_weights``.
     """
+    flat.unfinished("loading a checkpoint did not end")
     for target in plan.targets:
         with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
             _load_target(flat, plan, target)
@@ -313,7 +314,6 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan) -> None:
         live.update({key: value for key, value in options.items() if key in live})
     _load_scaler(flat, plan.reader)
     flat.overflow = False
-    flat.mended()
 
 
 def _load_target(flat: FlatOptimizer, plan: LoadPlan, target: _Target) -> None:

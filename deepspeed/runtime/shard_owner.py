@@ -55,6 +55,10 @@ class ShardOwner(DeepSpeedOptimizer):
         if self.moved:
             raise RuntimeError(f"{', '.join(self.moved)} are offloaded: call engine.reload_states() first")
 
+    def unfinished(self, what: str) -> None:
+        """From here to :meth:`mended`, an error leaves states of different steps."""
+        self._broken = what
+
     def mended(self) -> None:
         """All state was replaced: training can go on after a step that failed."""
         self._broken = ""

@@ -70,6 +70,8 @@ def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
         return deepspeed.ops.lion.DeepSpeedCPULion(params, lr=0.01, weight_decay=0.1)
     if name == "adagrad":
         return deepspeed.ops.adagrad.DeepSpeedCPUAdagrad(params, lr=0.01, weight_decay=0.1)
+    if name == "torch adagrad":  # makes its state in the constructor
+        return torch.optim.Adagrad(params, lr=0.01, initial_accumulator_value=0.5)
     return make_optimizer(name, params)
 
 
@@ -163,7 +165,7 @@ def test_states_elsewhere_change_nothing(world: int, tmp_path: Path) -> None:
 
 
 def _other_optimizers(rank: int, world: int, folder: str) -> None:
-    for optimizer, stage in (("lion", 1), ("adagrad", 2), ("momentum", 3), ("sgd", 2)):
+    for optimizer, stage in (("lion", 1), ("adagrad", 2), ("torch adagrad", 2), ("momentum", 3), ("sgd", 2)):
         for precision in ({}, BF16):
             expected = _run(rank, config_of(stage, **precision), optimizer)
             got = _run(rank, config_of(stage, nvme(folder, **PIPELINED), **precision), optimizer)

@@ -96,6 +96,15 @@ class ShardStates:
             tiles = (self._host or self._device).adopt(bucket)
         self._tiles[bucket.index] = tiles
 
+    def finish(self) -> None:
+        """Every bucket was adopted: waits for what is being written. Errors go to :attr:`failure`."""
+        if self.files is None or self.failure is not None:
+            return
+        try:
+            self.files.check()
+        except OSError as error:
+            self.failure = error
+
     def tiles(self, bucket: Bucket) -> list[Tile]:
         """In order; together they are the shard."""
         return self._tiles[bucket.index]
