@@ -99,7 +99,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
                 reduce_now=self._reduces_now,
                 offload=self._offload,
             )
-            optimizer_offload.announce(self._flat)
+            shards = self._offload.planned_nbytes() if self._offload is not None else None
+            optimizer_offload.announce(self._flat, optimizer_offload.MemoryPlan(**shards) if shards else None)
         if self._offload is not None:
             self._offload.attach()
         # A plain fp32 run without ZeRO gives the user's own optimizer back; partitioned inference what runs it.

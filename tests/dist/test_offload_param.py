@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import os
+import re
 import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ import torch
 from torch import nn
 
 import deepspeed
-from deepspeed._core.aio import FileIO
 from deepspeed._core.params.store import AwayShard, HostShards
 from deepspeed.runtime.zero import shard_homes
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
@@ -171,8 +173,7 @@ def _in_memory(rank: int, world: int, folder: str) -> None:
         gc.collect()
         tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and type(t) is not AwayShard]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
-        # Each thread that reads and writes has a buffer of its own.
-        return sum(nbytes for nbytes in storages.values() if nbytes != FileIO(*shard_homes._IO).call_nbytes)
+        return sum(storages.values())
 
     layers, width = 6, 128
     most = 0
@@ -591,3 +592,80 @@ def _two_jobs(rank: int, world: int, folder: str) -> None:
 
 def test_two_engines_share_a_folder(tmp_path: Path) -> None:
     run_ranks(_two_jobs, 1, str(tmp_path))
+
+
+# -- a model that does not fit -----------------------------------------------------------------------------------------
+
+_LAYERS, _WIDTH, _BUDGET = 16, 1024, 96 << 20
+_STATES = 18 * _LAYERS * _WIDTH * (_WIDTH + 1)
+
+
+class _Big(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH) for _ in range(_LAYERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x.float().square().mean()
+
+
+def _limit_memory() -> None:
+    """From now on this process gets no more than the budget: writable memory of its own, as the system counts it."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)  # what is freed goes back to the system, and not into a heap that only grows
+    libc.mallopt(-1, 1 << 16)
+    libc.malloc_trim(0)
+    used = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + _BUDGET, resource.RLIM_INFINITY))
+
+
+def _big(rank: int, world: int, offload: dict[str, Any], limited: bool) -> list[float]:
+    threading.stack_size(1 << 18)  # the system counts stacks whole
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        **BF16,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1 << 20, **offload},
+    }
+    if limited:
+        _limit_memory()
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = _Big()
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    losses = []
+    for _ in range(3):
+        loss = engine(data(rank, 0, 2, _WIDTH).bfloat16())
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _big_with_ddp(rank: int, world: int) -> str:
+    _limit_memory()
+    try:
+        model = nn.parallel.DistributedDataParallel(_Big())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(data(rank, 0, 2, _WIDTH)).backward()
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        return str(error)
+    return "it fits"
+
+
+@pytest.mark.slow
+def test_a_model_of_three_times_the_memory_trains(tmp_path: Path) -> None:
+    assert _STATES >= 3 * _BUDGET
+    states = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 1 << 18}
+    offload = {
+        **_nvme(tmp_path, buffer_size=1 << 20, buffer_count=4),
+        "offload_optimizer": {**states, "pipeline_read": True, "pipeline_write": True},
+    }
+    limited = run_ranks(_big, 2, offload, True)
+    assert limited == run_ranks(_big, 2, {}, False)
+    assert limited[0][-1] < limited[0][0]
+    assert all("alloc" in said for said in run_ranks(_big_with_ddp, 2))

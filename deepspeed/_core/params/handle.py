@@ -28,7 +28,7 @@ import torch
 
 from deepspeed._core.aio import Transfer
 from deepspeed._core.params.compress import PackedItem, QuantisedShard, SecondaryShards
-from deepspeed._core.params.store import AwayShard, Region, ShardStore
+from deepspeed._core.params.store import AwayShard, Region, ShardStore, Waits
 from deepspeed._core.params.transport import GatherItem, ParamTransport
 from deepspeed._core.reduce.transport import Pending
 
@@ -97,7 +97,7 @@ class ParamHandle:
         self._pending: Pending | None = None
         self._full: torch.Tensor | None = None
         self._alone: torch.Tensor | None = None
-        self._reading: Transfer | None = None
+        self._reading: Waits | None = None
         self._poison: torch.Tensor = torch.empty(0)
         param.ds_id = self.id  # type: ignore[attr-defined]
         param.ds_shape = param.shape  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import contextlib
 import mmap
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from deepspeed._core.store.runfile import open_run_file
 from deepspeed.errors import ConfigError
 from deepspeed.utils.logging import warning_once
 
-__all__ = ["BufferPool", "FileShards", "HostShards", "Region", "ShardStore"]
+__all__ = ["BufferPool", "FileShards", "HostShards", "Region", "ShardStore", "Waits"]
 
 
 class BufferPool:
@@ -101,6 +101,13 @@ class AwayShard(torch.Tensor):
         return f"AwayShard({self.label}, numel={self.numel()}, dtype={self.dtype}, on NVMe)"
 
 
+class Waits(Protocol):
+    """Something under way."""
+
+    def wait(self) -> None:
+        """Returns when it is done; raises ``OSError``."""
+
+
 class Region(abc.ABC):
     """A shard's place in a store: ``numel`` elements of ``dtype``."""
 
@@ -108,7 +115,7 @@ class Region(abc.ABC):
         self.store, self.numel, self.dtype = store, numel, dtype
 
     @abc.abstractmethod
-    def begin_read(self, out: torch.Tensor) -> Transfer | None:
+    def begin_read(self, out: torch.Tensor) -> Waits | None:
         """Fills ``out`` (contiguous, ``numel`` elements, any device); wait for what is returned."""
 
     @abc.abstractmethod
@@ -138,7 +145,7 @@ class Region(abc.ABC):
         return self.read(torch.device("cpu"))
 
 
-def _wait(transfer: Transfer | None) -> None:
+def _wait(transfer: Waits | None) -> None:
     if transfer is not None:
         transfer.wait()
 
@@ -146,8 +153,10 @@ def _wait(transfer: Transfer | None) -> None:
 class ShardStore(abc.ABC):
     """Makes regions. Not collective: every rank has its own."""
 
-    tier: str
     path: str = ""
+    """Of the file, for messages."""
+    pinned = False
+    """Whether its memory is to be page-locked."""
 
     def __init__(self) -> None:
         self.reads = self.read_nbytes = self.writes = self.written_nbytes = 0
@@ -182,7 +191,7 @@ class _HostRegion(Region):
         super().__init__(store, tensor.numel(), tensor.dtype)
         self.tensor = tensor
 
-    def begin_read(self, out: torch.Tensor) -> Transfer | None:
+    def begin_read(self, out: torch.Tensor) -> Waits | None:
         self.store.reads += 1
         self.store.read_nbytes += out.nbytes
         out.copy_(self.tensor, non_blocking=self.tensor.is_pinned())
@@ -207,21 +216,18 @@ class _HostRegion(Region):
 class HostShards(ShardStore):
     """Shards in host memory of a machine whose devices have their own; page-locked with ``pin``."""
 
-    tier = "cpu"
-
     def __init__(self, *, pin: bool = False) -> None:
         super().__init__()
-        self._pin = pin
+        self.pinned = pin
 
     def put(self, shard: torch.Tensor, earlier: Region | None = None) -> Region:
         if isinstance(earlier, _HostRegion) and earlier.store is self and earlier.tensor.dtype == shard.dtype:
             earlier.write(shard)
             return earlier
-        pin = self._pin and torch.cuda.is_available()
+        pin = self.pinned and torch.cuda.is_available()
         host = torch.empty(shard.numel(), dtype=shard.dtype, device="cpu", pin_memory=pin)
         self.stored_nbytes += host.nbytes
         return _HostRegion(self, host.copy_(shard))
-
 
     def drop_staged(self, before: int | None = None) -> None:
         """Nothing is read ahead: a copy from the host is queued on the device."""
@@ -262,8 +268,6 @@ class FileShards(ShardStore):
         OSError: no file can be made in ``folder``.
     """
 
-    tier = "nvme"
-
     def __init__(
         self,
         folder: Path,
@@ -284,6 +288,7 @@ class FileShards(ShardStore):
         self._io: tuple[FileIO, FileIO] | None = None
         self._end = 0
         self._free: list[tuple[int, int]] = []
+        self.pinned = pin
         self.pool = BufferPool(0, pin=pin)
         self._staged: dict[_FileRegion, int] = {}
         self.staged_hits = 0
@@ -308,6 +313,8 @@ class FileShards(ShardStore):
             region = self._allocate(shard)
         limit = self.buffer_count * self.buffer_numel * shard.element_size()
         self.pool.limit_nbytes = max(self.pool.limit_nbytes, limit)
+        if shard.device.type == "cpu" and shard.data_ptr() % PAGE_NBYTES:
+            shard = aligned_empty(shard.numel(), shard.dtype).copy_(shard)  # else each thread would need a buffer
         region.write(shard.contiguous())
         return region
 
@@ -381,6 +388,21 @@ class FileShards(ShardStore):
             self.close()
 
 
+class _Landing:
+    """A read into a buffer of the pool, which then goes where it is wanted."""
+
+    def __init__(self, pool: BufferPool, buffer: torch.Tensor, transfer: Transfer, out: torch.Tensor) -> None:
+        self._pool, self._buffer, self._transfer, self._out = pool, buffer, transfer, out
+
+    def wait(self) -> None:
+        """As of a transfer; once."""
+        try:
+            self._transfer.wait()
+            self._out.copy_(self._buffer[: self._out.nbytes].view(self._out.dtype))
+        finally:
+            self._pool.give(self._buffer)
+
+
 class _FileRegion(Region):
     store: FileShards
 
@@ -409,7 +431,7 @@ class _FileRegion(Region):
         if buffer is None:
             return False
         self._settle()
-        self._staging = buffer, self._read(buffer[: self.numel * self.dtype.itemsize].view(self.dtype))
+        self._staging = buffer, self._begin(buffer[: self.numel * self.dtype.itemsize].view(self.dtype))
         return True
 
     def unstage(self) -> None:
@@ -421,23 +443,19 @@ class _FileRegion(Region):
                 staging[1].wait()
             self.store.pool.give(staging[0])
 
-    def _read(self, out: torch.Tensor) -> Transfer:
+    def _begin(self, out: torch.Tensor) -> Transfer:
         self.store.reads += 1
         self.store.read_nbytes += out.nbytes
         return self.store.reader.read(out, self.store.file, self.offset)
 
-    def begin_read(self, out: torch.Tensor) -> Transfer | None:
-        if self._staging is None:
+    def begin_read(self, out: torch.Tensor) -> Waits | None:
+        self.store.staged_hits += self._staging is not None
+        if self._staging is None and not self.stage():
             self._settle()
-            return self._read(out)
-        buffer, transfer = self._staging
-        try:
-            transfer.wait()
-            out.copy_(buffer[: out.nbytes].view(self.dtype))
-            self.store.staged_hits += 1
-        finally:
-            self.unstage()
-        return None
+            return self._begin(out)  # memory that does not begin at a page: it passes through buffers of the threads
+        (buffer, transfer), self._staging = self._staging, None  # type: ignore[misc]
+        self.store.unstaged(self)
+        return _Landing(self.store.pool, buffer, transfer, out)
 
     def begin_write(self, values: torch.Tensor, begin: int = 0) -> Transfer | None:
         self.unstage()

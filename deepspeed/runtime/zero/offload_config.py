@@ -46,10 +46,14 @@ class DeepSpeedZeroOffloadParamConfig(DeepSpeedConfigModel):
     place: ClassVar[str] = "zero_optimization.offload_param"
 
     device: OffloadDeviceEnum = key(OffloadDeviceEnum.none, "Where parameters rest: none, cpu or nvme.")
-    nvme_path: Path | None = key(None, "Directory for parameter files on the NVMe device.")
-    buffer_count: NonNegInt = key(5, "Number of buffers in the pool between NVMe and memory.")
-    buffer_size: NonNegInt = key(100_000_000, "Elements in one such buffer.")
-    max_in_cpu: NonNegInt = key(1_000_000_000, "Parameter elements kept in CPU memory under NVMe offload.")
+    nvme_path: Path | None = key(None, "Existing directory for parameter files on the NVMe device.")
+    buffer_count: NonNegInt = key(
+        5, "Reading ahead from NVMe takes at most the memory of so many buffers, and no more than the model needs."
+    )
+    buffer_size: NonNegInt = key(100_000_000, "Elements in one such buffer; a rank's part of a parameter must fit.")
+    max_in_cpu: NonNegInt = key(
+        1_000_000_000, "Parameter elements of a rank that stay in CPU memory under NVMe offload; the first ones do."
+    )
     pin_memory: Bool = key(False, "Use page-locked CPU memory: faster copies, more memory.")
 
 

@@ -177,6 +177,10 @@ class DeepSpeedZeRoOffload:
         """Releases everything that is gathered, persistent parameters too; they come back when next used."""
         self._hooks.release_persistent()
 
+    def planned_nbytes(self) -> dict[str, int] | None:
+        """Bytes of this rank's offloaded shards, see :func:`shard_homes.planned_nbytes`; None if there are none."""
+        return None if self.store is None else shard_homes.planned_nbytes(self.coordinator.handles, self.store)
+
     def refresh(self) -> None:
         """Makes what is whole follow the shards, after somebody wrote to those. Collective."""
         self.coordinator.release_all()

@@ -28,7 +28,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig, OffloadDeviceEnum
 from deepspeed.utils.logging import log_dist, warning_once
 
-__all__ = ["ShardStore", "describe", "settle", "shard_store"]
+__all__ = ["ShardStore", "describe", "planned_nbytes", "settle", "shard_store"]
 
 # For shards of several MiB; the documented defaults of `aio` are for smaller requests.
 _IO = IoSettings(block_nbytes=4 << 20, depth=8, threads=4)
@@ -138,6 +138,15 @@ def _goes_away(handle: ParamHandle, store: ShardStore | None, stays: Collection[
         return handle.rest is store
     handle.kept = store.admit(handle.shard_numel, handle.label)
     return handle.kept is None
+
+
+def planned_nbytes(handles: Iterable[ParamHandle], store: ShardStore) -> dict[str, int]:
+    """Bytes of this rank: ``host`` memory for reading ahead, how much of it is ``pinned``, and ``disk``."""
+    staging = store.staging_nbytes(max((h.dtype.itemsize for h in handles), default=0))
+    stored = store.stored_nbytes
+    on_disk = isinstance(store, FileShards)
+    host = staging if on_disk else stored
+    return {"host": host, "pinned": host if store.pinned else 0, "disk": stored if on_disk else 0}
 
 
 def describe(handles: Iterable[ParamHandle], store: ShardStore | None) -> None:
