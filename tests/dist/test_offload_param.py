@@ -79,6 +79,8 @@ WAYS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
 def _parity(rank: int, world: int, folder: str) -> int:
     count = 0
     for number, (kind, accumulation) in enumerate(itertools.product(KINDS, (1, 2))):
+        if (number + number // 2) % world:  # each world its share
+            continue
         for turn in range(2):
             zero, section = WAYS[(number + 2 * turn + number // 4) % len(WAYS)]
             at_birth = bool((number + turn) % 2)
@@ -87,11 +89,14 @@ def _parity(rank: int, world: int, folder: str) -> int:
                 "gradient_clipping": 0.5 if number % 3 == 0 else 0.0,
                 **(BF16 if (number // 2 + turn) % 2 else {}),
             }
-            optimizer = ("adam", "ours")[(number // 2) % 2]
-            if optimizer == "ours":
+            optimizer = ("adam", None)[(number // 2) % 2]  # torch's, or ours of the config
+            if optimizer is None:
                 config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-4}}
             runs = []
-            for offload in ({}, _nvme(folder, **section)):
+            both = _nvme(folder, **section)
+            if optimizer is None and (number + turn) % 2:  # the states, too; in fp32 the masters with them
+                both["offload_optimizer"] = {"device": "nvme", "nvme_path": folder, "pipeline_read": True}
+            for offload in ({}, both):
                 full = {**config, "zero_optimization": {"stage": 3, **zero, **offload}}
                 model = _model(kind, full, at_birth)
                 runs.append(run_engine(kind, rank, full, optimizer=optimizer, model=model))
@@ -100,12 +105,13 @@ def _parity(rank: int, world: int, folder: str) -> int:
             assert runs[1].norms == runs[0].norms, what
             count += 1
     assert not os.listdir(folder)
+    assert count >= 4 * len(KINDS) // world - 2
     return count
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_bit_equal_to_stage_3_without_offload(world: int, tmp_path: Path) -> None:
-    assert run_ranks(_parity, world, str(tmp_path)) == [4 * len(KINDS)] * world
+    run_ranks(_parity, world, str(tmp_path))
 
 
 class Checkpointed(Stack):
@@ -354,6 +360,8 @@ def _generation(rank: int, world: int, folder: str) -> None:
 
 def test_generation(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
+    import tests.helpers.clients  # noqa: F401 - once, before ranks are forked
+
     run_ranks(_generation, 2, str(tmp_path))
 
 

@@ -92,7 +92,7 @@ def make_engine(model: torch.nn.Module, config: dict, optimizer="sgd", **kwargs)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=full, **kwargs)[0]
 
 
-def run_engine(kind: str, rank: int, config: dict, *, optimizer: str, windows: int = 2, model=None) -> Trace:
+def run_engine(kind: str, rank: int, config: dict, *, optimizer: str | None, windows: int = 2, model=None) -> Trace:
     """The same training through the engine, protocol B: ``step`` after every micro-batch."""
     model = make_model(kind) if model is None else model
     engine = make_engine(model, config, optimizer)
