@@ -48,6 +48,15 @@ def test_what_was_put_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "the file has a name"
 
 
+def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    region = store.put(torch.zeros(2000))
+    store.file.truncate(100)
+    for use in (region.mapped, lambda: region.read(torch.device("cpu"))):
+        with pytest.raises(OSError, match=r"8000 bytes at offset 0 .* after 100 bytes"):
+            use()
+
+
 def test_a_write_makes_what_was_read_ahead_stale(tmp_path: Path) -> None:
     store = make(tmp_path)
     region = store.put(torch.zeros(100))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import errno
 import mmap
 import weakref
 from pathlib import Path
@@ -472,7 +473,10 @@ class _FileRegion(Region):
 
     def mapped(self) -> torch.Tensor:
         self._settle()
-        nbytes = self.numel * self.dtype.itemsize
+        nbytes, there = self.numel * self.dtype.itemsize, self.store.file.nbytes
+        if there < self.offset + nbytes:  # touching it would end the process
+            said = f"{nbytes} bytes at offset {self.offset} are not there: the file ends after {there} bytes"
+            raise OSError(errno.ENODATA, said, self.store.path)
         held = mmap.mmap(self.store.file.descriptor(False), nbytes, flags=mmap.MAP_PRIVATE, offset=self.offset)
         return torch.frombuffer(held, dtype=self.dtype, count=self.numel)
 
