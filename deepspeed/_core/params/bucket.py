@@ -19,7 +19,7 @@ import torch
 from deepspeed._core.aio import Transfer
 from deepspeed._core.layout.flat import BucketPlan
 from deepspeed._core.pages import empty_flat
-from deepspeed._core.params.handle import ParamHandle
+from deepspeed._core.params.handle import ParamHandle, settle_rebound
 from deepspeed._core.params.store import BufferPool
 from deepspeed._core.reduce.bucket import Bucket, Slot
 
@@ -220,7 +220,7 @@ class ShardBucket(Bucket):
         """Takes shards back whose ``ds_tensor.data`` a user has bound to other memory."""
         if self.away:
             for handle in self.handles:
-                handle.settle_rebound()
+                settle_rebound(handle)
             return
         for position, slot in enumerate(self.slots):
             shard, own = slot.param.ds_tensor, self.piece(self.weights, position)  # type: ignore[attr-defined]

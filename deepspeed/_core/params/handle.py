@@ -32,7 +32,16 @@ from deepspeed._core.params.store import AwayShard, Region, ShardStore, Waits
 from deepspeed._core.params.transport import GatherItem, ParamTransport
 from deepspeed._core.reduce.transport import Pending
 
-__all__ = ["ParamHandle", "PartitionedParamStatus", "ZeroParamStatus", "fetch", "handle_of", "handles_of"]
+__all__ = [
+    "ParamHandle",
+    "PartitionedParamStatus",
+    "ZeroParamStatus",
+    "fetch",
+    "handle_of",
+    "handles_of",
+    "move_shard",
+    "settle_rebound",
+]
 
 _ids = itertools.count()
 
@@ -319,22 +328,6 @@ class ParamHandle:
         """Casts the shard of a released parameter."""
         self.adopt(self.shard.to(dtype))
 
-    def move(self, rest: ShardStore | None) -> None:
-        """Lets the shard of a released parameter rest there from now on; None: in memory of its own."""
-        if rest is not self.rest:
-            shard = self.shard
-            self.rest = rest
-            self.adopt(shard)
-
-    def settle_rebound(self) -> None:
-        """Takes in what a user has put in the place of a ``ds_tensor`` that rests elsewhere."""
-        if self.away is None:
-            return
-        shown = self.param.ds_tensor  # type: ignore[attr-defined]
-        if not isinstance(shown, AwayShard) and not self.away.shows(shown):
-            self.store(shown)
-            self._present(shown)
-
     def prepare(self, *, read: bool = True) -> GatherItem | PackedItem:
         """Allocates the whole data and says what to gather. The parameter is in flight until :meth:`finish`.
 
@@ -494,6 +487,24 @@ def _naming(handle: ParamHandle) -> Iterator[None]:
     except OSError as error:
         said = f"the shard of parameter {handle.label} cannot be read: {error.strerror}"
         raise OSError(error.errno, said, error.filename) from error
+
+
+def move_shard(handle: ParamHandle, rest: ShardStore | None) -> None:
+    """Lets the shard of a released parameter rest there from now on; None: in memory of its own."""
+    if rest is not handle.rest:
+        shard = handle.shard
+        handle.rest = rest
+        handle.adopt(shard)
+
+
+def settle_rebound(handle: ParamHandle) -> None:
+    """Takes in what a user has put in the place of a ``ds_tensor`` that rests elsewhere."""
+    if handle.away is None:
+        return
+    shown = handle.param.ds_tensor  # type: ignore[attr-defined]
+    if not isinstance(shown, AwayShard) and not handle.away.shows(shown):
+        handle.store(shown)
+        handle._present(shown)
 
 
 def handle_of(tensor: Any) -> ParamHandle | None:

@@ -19,7 +19,7 @@ import torch
 
 from deepspeed import comm as dist
 from deepspeed._core.aio import IoSettings, io_settings
-from deepspeed._core.params.handle import ParamHandle
+from deepspeed._core.params.handle import ParamHandle, move_shard
 from deepspeed._core.params.store import FileShards, HostShards, ShardStore
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError, MissingFeatureError
@@ -127,7 +127,7 @@ def settle(
         if handle.id in later and handle.away is None:
             handle.rest = away
         else:
-            handle.move(away)
+            move_shard(handle, away)
 
 
 def _goes_away(handle: ParamHandle, store: ShardStore | None, stays: Collection[int]) -> bool:
