@@ -306,15 +306,22 @@ def _may_gather(engine: DeepSpeedEngine) -> bool:
     return engine._offload is None or bool(engine.zero_gather_16bit_weights_on_model_save())
 
 
+def _has_frozen(engine: DeepSpeedEngine) -> bool:
+    return any(not param.requires_grad for param in engine.module.parameters())
+
+
 def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any] | None:
     """The module's state dict as compact CPU tensors in the model's dtype on rank 0, None elsewhere. Collective.
 
-    With ZeRO-3, rank 0 holds the result and nothing more; the others need no memory.
+    With ZeRO-3, rank 0 holds the result and nothing more; the others need no memory. What is trained on a frozen base
+    (``exclude_frozen``) is given whatever ``stage3_gather_16bit_weights_on_model_save`` says: that is about the whole
+    model, and PEFT has no other way to save its adapters.
 
     Raises:
-        ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``; an entry has no data.
+        ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``, all weights are asked for or trained;
+            an entry has no data.
     """
-    if not _may_gather(engine):
+    if not _may_gather(engine) and not (exclude_frozen and _has_frozen(engine)):
         raise ValueError(f"the weights cannot be put together: {_GATHER_OFF}")
 
     def whole() -> dict[str, Any] | None:

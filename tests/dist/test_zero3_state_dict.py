@@ -400,6 +400,12 @@ def saving(rank: int, world: int, folder: str) -> None:
     assert without.save_16bit_model(f"{folder}/off") is False and not os.path.exists(f"{folder}/off")
     with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save is false"):
         without._zero3_consolidated_16bit_state_dict()
+    adapters = without._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)  # not the whole model
+    assert (adapters is None) == (rank > 0) and (adapters is None or adapters.keys() == trained.keys())
+    for param in without.module.parameters():
+        param.requires_grad_(True)
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save is false"):
+        without._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
 
 
 @pytest.mark.parametrize("world", [1, 2])
