@@ -157,6 +157,58 @@ def test_evaluating_before_training(tmp_path: Path) -> None:
         assert after < before - 0.1 and again == pytest.approx(after, rel=1e-2)
 
 
+def evaluate_and_train_one(rank: int, world_size: int, out: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    results = []
+    for first in (True, False):
+        trainer = make_trainer(out, config(3))
+        if first:
+            trainer.evaluate()
+            # The Trainer would go on with the engine for evaluation, which it has destroyed: docs/clients/transformers.md
+            trainer.model_wrapped = trainer.model
+        trainer.train()
+        results.append({"eval": trainer.evaluate()["eval_loss"], **outcome(trainer)})
+        trainer.model_wrapped.destroy()
+    return results[0], results[1]
+
+
+def test_one_trainer_evaluates_and_then_trains(tmp_path: Path) -> None:
+    for one, other in run_clients(evaluate_and_train_one, 2, str(tmp_path)):
+        assert one["loss"] == other["loss"] and one["eval"] == other["eval"] and one["lr"] == other["lr"]
+        assert_identical(one["weights"], other["weights"])
+
+
+def adapters_alone(rank: int, world_size: int, out: str, load: str, whole_modules: list[str] | None) -> dict[str, Any]:
+    import peft
+
+    ds = make_config(3)  # nobody may gather the model
+    arguments = TrainingArguments(out, use_cpu=True, deepspeed=copy.deepcopy(ds), report_to=[])
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["c_attn"], modules_to_save=whole_modules, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(load), settings)
+    del arguments
+    trainer = make_trainer(out, ds, model=model, save_strategy="steps", save_steps=4, learning_rate=3e-2)
+    trainer.train()
+    trainer.save_model(out + "-adapter")
+    return whole(model)
+
+
+@pytest.mark.parametrize("whole_modules", [None, ["lm_head"]])
+def test_adapters_are_saved_without_gathering_the_model(whole_modules: Any, tmp_path: Path) -> None:
+    """``stage3_gather_16bit_weights_on_model_save`` is about the model; the Trainer asks for what is trained."""
+    peft = pytest.importorskip("peft", reason="the client is not installed: make test-clients installs it")
+    made = tiny_gpt2()
+    made.config.tie_word_embeddings = False
+    made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().clone())
+    made.save_pretrained(tmp_path / "base")
+    weights = run_clients(adapters_alone, 2, str(tmp_path / "out"), str(tmp_path / "base"), whole_modules)[0]
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "out-adapter"))
+    assert_identical(loaded.state_dict(), weights)
+
+
 def lora(rank: int, world_size: int, out: str, stage: int, load: str | None) -> dict[str, Any]:
     import peft
 
