@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 VENV   := .venv
+CLIENTS := .venv-clients
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 RANKS  ?= 2
@@ -18,7 +19,7 @@ TRAIN     := examples/train_gpt.py --deepspeed --deepspeed_config examples/confi
 help:
 	@echo "make demo          train, save, resume, export and sample a 3 M parameter GPT on 2 CPU processes"
 	@echo "make test          the tests that take seconds        make test-all      the slow ones, too"
-	@echo "make test-clients  Transformers and Accelerate alone   make lint          ruff, mypy, layers"
+	@echo "make test-clients  Transformers to Lightning           make lint          ruff, mypy, layers"
 	@echo "make venv          the environment alone              make clean         outputs; distclean: $(VENV), too"
 
 # ---- Environment: done once, and again when the pins or the metadata change ----
@@ -52,8 +53,14 @@ test: $(VENV)/.ready
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-test-clients: $(VENV)/.ready
-	$(BIN)/python -m pytest -m client
+test-clients: $(CLIENTS)/.ready
+	$(CLIENTS)/bin/python -m pytest -m client tests/clients
+
+$(CLIENTS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,clients,all-clients]'
+	touch $@
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -66,4 +73,4 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)
