@@ -168,6 +168,34 @@ def test_fabric(stage: int, world_size: int, precision: str, tmp_path: Path) -> 
         torch.testing.assert_close(tensor, ours[0]["weights"][name], rtol=0 if precision == "32-true" else 1e-2, atol=0)
 
 
+def offload(rank: int, world_size: int, stage: int, params: bool) -> list[float]:
+    where = {"offload_optimizer": {"device": "cpu"}, **({"offload_param": {"device": "cpu"}} if params else {})}
+    strategy = fabric_strategy(stage, zero_optimization=where)
+    fabric = lightning.Fabric(strategy=strategy, devices=world_size)
+    fabric.launch()
+    with fabric.init_module():
+        model = tiny_gpt2()
+    optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), lr=LR, weight_decay=0.01)
+    model, optimizer, scheduler = fabric.setup(model, optimizer, scheduler=schedule(optimizer))
+    losses = []
+    for batch in batches(rank, world_size):
+        loss = model(**batch).loss
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "params"), [(2, False), (3, False), (3, True)])
+def test_fabric_with_offload(stage: int, params: bool) -> None:
+    expected = plain(2, 1)["losses"]
+    for losses, other in zip(run_clients(offload, 2, stage, params), expected, strict=True):
+        assert losses == pytest.approx(other, rel=5e-5)
+
+
 def load_whole(rank: int, world_size: int, file: str) -> dict[str, torch.Tensor]:
     """A plain checkpoint into a partitioned model."""
     strategy = fabric_strategy(3, load_full_weights=True)
