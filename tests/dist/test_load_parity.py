@@ -133,9 +133,11 @@ def load_all(rank: int, world: int, folder: str, cases: list[tuple[Place, int, s
         if (target, world) == (stage, saved_world):
             assert went_on == losses[BEFORE:], what
             assert_same(got, final, what)
-        reference, weights = (truth if dtype == "fp32" else (losses, final))
+        reference, weights = truth if dtype == "fp32" else (losses, final)
         tolerance = 2e-5 if dtype == "fp32" else 3e-2
-        torch.testing.assert_close(went_on, reference[BEFORE:], rtol=tolerance, atol=0, msg=lambda m, w=what: f"{w}: {m}")
+        torch.testing.assert_close(
+            went_on, reference[BEFORE:], rtol=tolerance, atol=0, msg=lambda m, w=what: f"{w}: {m}"
+        )
         for name, param in engine.module.named_parameters():
             if param.requires_grad and param.numel():
                 close = {"rtol": tolerance, "atol": tolerance * float(weights[name].abs().max())}

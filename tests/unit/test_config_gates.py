@@ -21,6 +21,8 @@ ASKING: dict[str, object] = {
     "zero_optimization.offload_optimizer.super_offload": {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}
     },
+    "checkpoint.writer.type": "MOCK",
+    "checkpoint.writer.data_parallel": "REPLICA",
     "zero_optimization.zero_hpz_partition_size": 8,
     "zero_optimization.zeropp_loco_param": {},
     "zero_optimization.mics_shard_size": 2,

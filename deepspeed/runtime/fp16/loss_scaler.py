@@ -35,6 +35,9 @@ class LossScalerBase:
         # For readers of checkpoints, which see attributes only; in the reference this is one.
         return {**vars(self), "dynamic": self.dynamic}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({key: value for key, value in state.items() if key != "dynamic"})
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values only, so that a checkpoint with them loads with ``weights_only=True``."""
         return dict(vars(self))
