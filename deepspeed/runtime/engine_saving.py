@@ -167,7 +167,11 @@ def _archive(content: dict[str, Any], named: Mapping[str, Any]) -> Archive:
     """``content`` as a file; ``named`` are its parts by the names that an error gives them."""
     try:
         archive = Archive(content)
-    except (pickle.PicklingError, TypeError, AttributeError):  # these are what pickle says of lambdas, locks, files, ...
+    except (
+        pickle.PicklingError,
+        TypeError,
+        AttributeError,
+    ):  # these are what pickle says of lambdas, locks, files, ...
         _refuse_objects(named)
     if refused(archive.foreign_names()):
         _refuse_objects(named)

@@ -137,7 +137,8 @@ def without_data(state: Mapping[str, Any], handles: Mapping[str, ParamHandle]) -
 def fragments(handles: Mapping[str, ParamHandle], names: Collection[str]) -> OrderedDict[str, torch.Tensor]:
     """This rank's shards of the named parameters, live; of those in a file a mapping, which takes no memory."""
     return OrderedDict(
-        (name, handles[name].shard.detach() if (away := handles[name].away) is None else away.mapped()) for name in names
+        (name, handles[name].shard.detach() if (away := handles[name].away) is None else away.mapped())
+        for name in names
     )
 
 

@@ -40,7 +40,7 @@ def facts(name: str) -> dict[str, Any]:
 
 
 def expected_weights(name: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file  # noqa: PLC0415 - other interpreters run the model without it
+    from safetensors.torch import load_file
 
     return load_file(FIXTURES / name / "expected.safetensors")
 

@@ -69,7 +69,9 @@ class CheckpointConfig(DeepSpeedConfigModel):
         None, "Keep so many of the newest checkpoints of a folder, remove older ones after a save.", since="1.0.0"
     )
     verify_checksums: Bool = key(
-        True, "Compare all bytes of a checkpoint with its checksums before loading; the ranks share the work.", since="1.0.0"
+        True,
+        "Compare all bytes of a checkpoint with its checksums before loading; the ranks share the work.",
+        since="1.0.0",
     )
     parallel_write: ParallelWriteConfig = section(ParallelWriteConfig, "Who writes at the same time.")
     checkpoint_serialization: Bool = key(True, "Serialise through torch.save.", since="0.17.1")
