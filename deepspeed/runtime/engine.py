@@ -444,7 +444,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         """The whole model's state dict on rank 0 in host memory, None on the others. Collective.
 
         Raises:
-            ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``.
+            ValueError: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``, unless frozen parameters are left out
+                (an adapter's weights are few).
         """
         return engine_saving.consolidated(self, exclude_frozen_parameters)
 
