@@ -226,36 +226,45 @@ class Exchanged(Source):
         tile = _TILE_NBYTES // self.dtype.itemsize
         sending = [_Windows(copies) for copies in self._outgoing]
         receiving = [_Windows(copies) for copies in self._incoming]
+        rooms = _Rooms(self.dtype)
         for begin in range(0, size, tile):
             end = min(begin + tile, size)
             outgoing = [list(windows.until(end)) for windows in sending]
             incoming = [list(windows.until(end)) for windows in receiving]
-            received = self._swap(outgoing, incoming)
-            out = torch.zeros(end - begin, dtype=self.dtype)
-            at = 0
-            for copy in (copy for rank in range(world) for copy in incoming[rank]):
-                out[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel] = received[at : at + copy.numel]
-                at += copy.numel
+            out = rooms.take("out", end - begin).zero_()
+            for copy in outgoing[self._rank]:  # stays here
+                self._read(copy.src_offset, out[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel])
+            outgoing[self._rank], incoming[self._rank] = [], []
+            if self._group is not None:
+                received = self._swap(outgoing, incoming, self._group, rooms)
+                at = 0
+                for copy in (copy for rank in range(world) for copy in incoming[rank]):
+                    out[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel] = received[at : at + copy.numel]
+                    at += copy.numel
             if begin < self.numel:
                 use(out[: self.numel - begin])
         for part in self._parts:
             part.drop(part.numel)
 
-    def _swap(self, outgoing: Sequence[Sequence[Copy]], incoming: Sequence[Sequence[Copy]]) -> torch.Tensor:
-        sent = torch.empty(sum(c.numel for copies in outgoing for c in copies), dtype=self.dtype)
+    def _swap(
+        self,
+        outgoing: Sequence[Sequence[Copy]],
+        incoming: Sequence[Sequence[Copy]],
+        group: torch.distributed.ProcessGroup,
+        rooms: _Rooms,
+    ) -> torch.Tensor:
+        sent = rooms.take("sent", sum(c.numel for copies in outgoing for c in copies))
         at = 0
         for copy in (copy for copies in outgoing for copy in copies):
             self._read(copy.src_offset, sent[at : at + copy.numel])
             at += copy.numel
-        if self._group is None:
-            return sent
-        received = torch.empty(sum(c.numel for copies in incoming for c in copies), dtype=self.dtype)
+        received = rooms.take("received", sum(c.numel for copies in incoming for c in copies))
         groups.all_to_all(
             received,
             sent,
             [sum(c.numel for c in copies) for copies in incoming],
             [sum(c.numel for c in copies) for copies in outgoing],
-            self._group,
+            group,
         )
         return received
 
@@ -272,6 +281,21 @@ class Exchanged(Source):
         """See :meth:`Source.freeze`."""
         for part in self._parts:
             part.freeze()
+
+
+class _Rooms:
+    """Buffers by name that are used again: fresh memory costs more than what is done with it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, numel: int) -> torch.Tensor:
+        """So many elements of unknown content."""
+        held = self._held.get(name)
+        if held is None or held.numel() < numel:
+            held = self._held[name] = empty_flat(numel, self._dtype)
+        return held[:numel]
 
 
 def _into(room: torch.Tensor) -> Callable[[torch.Tensor], None]:
