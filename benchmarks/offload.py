@@ -1,10 +1,10 @@
-"""A step with optimizer states, or those and parameters, on the host or in files, beside the same stage without and the peer.
+"""A step with optimizer states, or parameters, too, on the host or in files, beside the same stage without and the peer.
 
     python benchmarks/offload.py --reference-python REF/bin/python --nvme /scratch
     python benchmarks/offload.py --tiers optimizer_nvme --dtype fp32
 
-For each tier, two runs of train_step.py's harness (same model, same ranks): the stage without it, for us; then with it, for us
-and the released package in turns. On a machine without an accelerator the host tier moves nothing.
+For each tier, two runs of train_step.py's harness (same model, same ranks): the stage without it, for us; then with it, for
+us and the released package in turns. On a machine without an accelerator the host tier moves nothing.
 """
 
 from __future__ import annotations
