@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,9 @@ def gathered_files(engine: DeepSpeedEngine, folder: Path) -> Iterator[Path]:
 
     It is ``folder`` itself where nothing lacks. Collective.
     """
+    if not engine.use_node_local_storage():
+        yield folder
+        return
     here = node_ranks(engine)
     leads = dist.get_rank() == here[0]
     own = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST) if leads else None
@@ -104,8 +107,10 @@ def _send(engine: DeepSpeedEngine, name: str, owner: int, folder: Path, into: Pa
     finally:
         for file in (source, target):
             if file is not None:
-                with suppress(OSError):
+                try:
                     file.close()
+                except OSError as caught:  # the end of what was written may not fit
+                    error = error or caught
 
     def check() -> None:
         if error is not None:
