@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..accelerator import get_accelerator
+from ..accelerator.placement import own_device_index
 from ..errors import ConfigError, MissingFeatureError
 from ..utils.logging import log_dist, logger
 from .exit import settle_at_exit
@@ -170,16 +171,11 @@ def _choose_device(place: Rendezvous) -> None:
     accelerator = get_accelerator()
     if accelerator.is_synchronized_device() or (place.local_rank is None and place.rank < 0):
         return
-    count, index = accelerator.device_count(), place.local_rank
-    if index is None:
+    local_rank = place.local_rank
+    if local_rank is None:
         # Nothing tells which ranks share this host. Launchers fill hosts in order of rank, so this is right for them.
-        index = place.rank % count
-    if index >= count:
-        raise ConfigError(
-            f"LOCAL_RANK={index}, but this process sees {count} {accelerator.device_name()} device(s): start no more "
-            "ranks per host than devices, or give all of them the same visible devices (CUDA_VISIBLE_DEVICES)"
-        )
-    accelerator.set_device(index)
+        local_rank = place.rank % accelerator.device_count()
+    accelerator.set_device(own_device_index(local_rank, accelerator))
 
 
 def _avoid_name_lookups(place: Rendezvous) -> None:

@@ -16,6 +16,7 @@ from deepspeed._core.params.hooks import coordinator_of
 from deepspeed._core.precision.policy import PrecisionPolicy
 from deepspeed._core.reduce.reducer import ReducePolicy
 from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.placement import own_device_index
 from deepspeed.comm import doctor
 from deepspeed.errors import ConfigError
 from deepspeed.ops.registry import build_optimizer, is_zero_tested
@@ -65,7 +66,7 @@ def choose_device(args: Any) -> torch.device:
         return torch.device("cpu")
     index = getattr(args, "device_rank", None)
     if index is None:
-        index = dist.get_local_rank()
+        index = own_device_index(dist.get_local_rank(), accelerator)
     accelerator.set_device(index)
     return torch.device(accelerator.device_name(index))
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from deepspeed.accelerator import CPU_Accelerator, CUDA_Accelerator, get_accelerator, real_accelerator, set_accelerator
+from deepspeed.comm.rendezvous import resolve_rendezvous
+from deepspeed.comm.setup import _choose_device
 from deepspeed.errors import ConfigError
+from deepspeed.runtime import engine_setup
 
 
 @pytest.fixture
@@ -190,3 +193,56 @@ def test_cuda_on_a_device():
     with contextlib.suppress(AttributeError):  # nvtx is absent in some builds
         cuda.range_push("test")
         cuda.range_pop()
+
+
+class FakeGpus(CUDA_Accelerator):
+    """So many devices, of which one can be chosen."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.chosen = count, None
+
+    def device_count(self):
+        return self.count
+
+    def set_device(self, device_index):
+        self.chosen = device_index
+
+
+def chosen_of(accelerator, monkeypatch, environment):
+    """The devices that ``init_distributed`` and ``initialize`` choose."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", *environment):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(real_accelerator, "_chosen", [accelerator])
+    _choose_device(resolve_rendezvous(environment))
+    first, accelerator.chosen = accelerator.chosen, None
+    monkeypatch.setenv("LOCAL_RANK", environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID", ""))
+    device = engine_setup.choose_device(None)
+    assert device == torch.device("cuda", accelerator.chosen)
+    return first, accelerator.chosen
+
+
+LAUNCHED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "1"}
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "MASTER_ADDR": "node-0"}
+
+
+@pytest.mark.parametrize("environment", [LAUNCHED, SRUN])
+def test_a_rank_takes_the_device_with_its_number(monkeypatch, environment):
+    assert chosen_of(FakeGpus(4), monkeypatch, environment) == (1, 1)
+    assert chosen_of(FakeGpus(4), monkeypatch, {**environment, "CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == (1, 1)
+
+
+@pytest.mark.parametrize("environment", [LAUNCHED, SRUN])
+@pytest.mark.parametrize("visible", ["1", "0"])  # all devices there, or one of them behind a cgroup
+def test_a_rank_that_is_shown_one_device_takes_it(monkeypatch, environment, visible):
+    """``srun --gpus-per-task=1``."""
+    assert chosen_of(FakeGpus(1), monkeypatch, {**environment, "CUDA_VISIBLE_DEVICES": visible}) == (0, 0)
+
+
+@pytest.mark.parametrize(("count", "visible"), [(1, None), (2, "0,1")])
+def test_more_ranks_than_devices_are_refused(monkeypatch, count, visible):
+    environment = {**LAUNCHED, "LOCAL_RANK": "3"} | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    with pytest.raises(ConfigError, match=rf"LOCAL_RANK=3, but this process sees {count} cuda device"):
+        chosen_of(FakeGpus(count), monkeypatch, environment)

@@ -27,6 +27,7 @@ from deepspeed._core.params.handle import ParamHandle, PartitionedParamStatus, Z
 from deepspeed._core.params.store import ShardStore
 from deepspeed._core.params.transport import ParamTransport
 from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.placement import own_device_index
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -329,4 +330,4 @@ def _device() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
-    return torch.device(accelerator.device_name(dist.get_local_rank()))
+    return torch.device(accelerator.device_name(own_device_index(dist.get_local_rank(), accelerator)))
