@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.pages import keep_freed_memory
 from deepspeed._core.params.hooks import coordinator_of
 from deepspeed._core.precision.policy import PrecisionPolicy
 from deepspeed._core.reduce.reducer import ReducePolicy
@@ -289,6 +290,8 @@ def make_flat_optimizer(
         sub_group_numel=config.zero_config.sub_group_size,
         offload=optimizer_offload.offload_policy(config.zero_config, config.document.aio),
     )
+    if device.type == "cpu" and settings.offload is None and config.zero_config.offload_param is None:
+        keep_freed_memory()  # those who offload would rather have it back
     take_back(inner)
     kind: Callable[..., FlatOptimizer]
     if offload is not None:

@@ -130,15 +130,15 @@ def test_the_zip_archive_is_sound_and_aligned(tmp_path: Path) -> None:
         assert reader.get_record_offset(f"data/{key}") % 64 == 0
 
 
-def test_records_of_more_than_4_gib_have_64_bit_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the threshold down to some bytes; the fields are the same whatever they hold."""
-    monkeypatch.setattr(archive_module, "_LARGE_NBYTES", 1000)
+def test_all_records_have_64_bit_sizes(tmp_path: Path) -> None:
+    """Which is what lets them be longer than 4 GiB without anybody knowing before."""
     content = [torch.arange(100), torch.arange(1000.0), torch.arange(5), torch.arange(2000)]
     path = tmp_path / "a.pt"
     with path.open("wb") as stream:
         save_archive(content, stream)
     data = path.read_bytes()
-    assert data.count(b"PK\x03\x04-\x00") == 2  # "needs version 4.5", which is what 64-bit sizes are called
+    needs_version_45 = data.count(b"PK\x03\x04-\x00")  # which is what 64-bit sizes are called
+    assert needs_version_45 == len(zipfile.ZipFile(path).infolist()) == 8
     for mmap in (True, False):
         assert_alike(torch.load(path, mmap=mmap), content)
     assert zipfile.ZipFile(path).testzip() is None

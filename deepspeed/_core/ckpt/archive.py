@@ -1,31 +1,28 @@
 """Writing ``torch.save`` files from a stream of tiles, without the tensors being in memory.
 
 [Note: format] The file is what ``torch.save`` writes since torch 1.6: a zip archive of uncompressed records, ``data.pkl``
-with tensors as references to the records ``data/<n>``, each aligned to 64 bytes. ``zipfile`` writes it front to back, with
-checksums after the data (bit 3 of the flags), so that any stream will do.
+with tensors as references to the records ``data/<n>``, each aligned to 64 bytes. It is written front to back, with
+checksums after the data, so that any stream will do.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import struct
 import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
 from deepspeed._core.ckpt.source import Rope, Source
+from deepspeed._core.ckpt.zip import Sink, ZipWriter
 
 __all__ = ["Archive", "Sink", "save_archive"]
 
 _ALIGNMENT = 64
-
-# Records from this size on get 64-bit sizes, which zipfile itself wants from a little below 2 GiB on.
-_LARGE_NBYTES = 1 << 30
 
 # Tensors up to this size are copied when an archive is made: cheaper than keeping track of them.
 _SMALL_NBYTES = 64 << 10
@@ -44,13 +41,6 @@ _STORAGE_CLASSES = {
     torch.complex64: "ComplexFloatStorage",
     torch.complex128: "ComplexDoubleStorage",
 }
-
-
-class Sink(Protocol):
-    """Where an archive goes."""
-
-    def write(self, data: Any) -> int:
-        """Takes bytes (anything with the buffer protocol), which may be reused afterwards; returns how many."""
 
 
 class _Record:
@@ -176,14 +166,14 @@ class Archive:
 
     def write(self, sink: Sink) -> None:
         """Writes the file, once. Collective if a source is."""
-        output: Any = _Unseekable(sink)
-        with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            _write_record(archive, output, "data.pkl", len(self._pickle), lambda entry: entry(self._pickle))
-            for name, text in (("byteorder", sys.byteorder.encode()), (".storage_alignment", str(_ALIGNMENT).encode())):
-                _write_record(archive, output, name, len(text), lambda entry, text=text: entry(text))  # type: ignore[misc]
-            for key, source in enumerate(self.sources):
-                _write_record(archive, output, f"data/{key}", source.nbytes, _tiles_of(source))
-            _write_record(archive, output, "version", 2, lambda entry: entry(b"3\n"))
+        archive = ZipWriter(sink, _ALIGNMENT)
+        _write_record(archive, "data.pkl", len(self._pickle), lambda take: take(self._pickle))
+        for name, text in (("byteorder", sys.byteorder.encode()), (".storage_alignment", str(_ALIGNMENT).encode())):
+            _write_record(archive, name, len(text), lambda take, text=text: take(text))  # type: ignore[misc]
+        for key, source in enumerate(self.sources):
+            _write_record(archive, f"data/{key}", source.nbytes, _tiles_of(source))
+        _write_record(archive, "version", 2, lambda take: take(b"3\n"))
+        archive.close()
 
 
 def save_archive(content: Any, sink: Sink) -> None:
@@ -191,41 +181,14 @@ def save_archive(content: Any, sink: Sink) -> None:
     Archive(content).write(sink)
 
 
-def _tiles_of(source: Source) -> Callable[[Callable[[Any], Any]], None]:
-    return lambda entry: source.write(
-        lambda tile: entry(tile.contiguous().view(torch.uint8).numpy()) if tile.numel() else None
+def _tiles_of(source: Source) -> Callable[[Callable[[Any], None]], None]:
+    return lambda take: source.write(
+        lambda tile: take(tile.contiguous().view(torch.uint8).numpy()) if tile.numel() else None
     )
 
 
-class _Unseekable:
-    """A stream that counts; without ``seek``, ``zipfile`` writes from front to back."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self.position = 0
-
-    def write(self, data: Any) -> int:
-        count = self._sink.write(data)
-        self.position += count
-        return count
-
-    def flush(self) -> None:
-        """Nothing is held back here."""
-
-
-def _write_record(
-    archive: zipfile.ZipFile, output: _Unseekable, name: str, nbytes: int, fill: Callable[[Callable[[Any], Any]], None]
-) -> None:
-    info = zipfile.ZipInfo(f"archive/{name}")
-    info.file_size = nbytes
-    large = nbytes >= _LARGE_NBYTES
-    plain = 30 + len(info.filename) + (20 if large else 0)
-    padding = -(output.position + plain + 4) % _ALIGNMENT
-    info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # the field that torch uses, too
-    with archive.open(info, "w", force_zip64=large) as entry:
-        begin = output.position
-        fill(entry.write)
-    count = output.position - begin - (24 if large else 16)  # without the sizes and the checksum behind the data
+def _write_record(archive: ZipWriter, name: str, nbytes: int, fill: Callable[[Callable[[Any], None]], None]) -> None:
+    count = archive.record(f"archive/{name}", fill)
     if count != nbytes:
         raise AssertionError(
             f"record {name} was to have {nbytes} bytes, but its source gave {count}; please report this"

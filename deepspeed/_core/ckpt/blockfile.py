@@ -13,7 +13,6 @@ import mmap
 import os
 import queue
 import threading
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deepspeed._core.ckpt.checksum import crc32
 from deepspeed.errors import CheckpointError
 
 __all__ = ["BLOCK_NBYTES", "BlockFile", "FileSum", "check_blocks"]
@@ -152,9 +152,9 @@ class BlockFile:
 
     def _put(self, buffer: _Bytes, nbytes: int, offset: int) -> None:
         if offset % BLOCK_NBYTES:
-            self._sums[-1] = zlib.crc32(buffer[:nbytes].data, self._sums[-1])
+            self._sums[-1] = crc32(buffer[:nbytes].data, self._sums[-1])
         else:
-            self._sums.append(zlib.crc32(buffer[:nbytes].data))
+            self._sums.append(crc32(buffer[:nbytes].data))
         # The last part of a file is written with what is behind it in the buffer, and cut off afterwards.
         length = -(-nbytes // _SECTOR) * _SECTOR if self._direct else nbytes
         done = 0
@@ -233,7 +233,7 @@ def _crc32(file: io.FileIO, begin: int, end: int, buffer: memoryview) -> int | N
         count = file.readinto(buffer[: min(len(buffer), end - begin)])
         if not count:
             return None
-        crc = zlib.crc32(buffer[:count], crc)
+        crc = crc32(buffer[:count], crc)
         begin += count
     return crc
 
