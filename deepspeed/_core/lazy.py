@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["attach", "no_collection"]
+__all__ = ["attach", "load_now", "no_collection", "on_first_use"]
 
 
 @contextlib.contextmanager
@@ -54,3 +55,21 @@ def attach(
         return sorted({*vars(importlib.import_module(package)), *known, *elsewhere})
 
     return __getattr__, __dir__
+
+
+class _OnFirstUse(types.ModuleType):
+    """Stands for the module of its name, which is imported when an attribute is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def on_first_use(name: str) -> types.ModuleType:
+    """The module ``name``, imported by the first use of an attribute. Type checkers want an import of their own."""
+    return _OnFirstUse(name)
+
+
+def load_now(*modules: types.ModuleType) -> None:
+    """Imports what :func:`on_first_use` gave."""
+    for module in modules:
+        importlib.import_module(module.__name__)

@@ -9,27 +9,49 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deepspeed import comm as dist
-from deepspeed._core.ckpt.guard import before_change
-from deepspeed._core.ckpt.save import Saver
+from deepspeed._core.lazy import load_now, on_first_use
 from deepspeed.comm import doctor
 from deepspeed.comm.agreement import together
 from deepspeed.errors import ConfigError
-from deepspeed.runtime import engine_loading, engine_saving, engine_setup, export, optimizer_offload
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_getters import ConfigGetters
-from deepspeed.runtime.dataloader import DeepSpeedDataLoader
-from deepspeed.runtime.flat_optimizer import FlatOptimizer
-from deepspeed.runtime.progress import Progress
 from deepspeed.runtime.utils import map_tensors
-from deepspeed.runtime.zero import offload_states
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.version import __version__
+
+if TYPE_CHECKING:
+    from deepspeed._core.ckpt import guard, save
+    from deepspeed.runtime import config as configuration
+    from deepspeed.runtime import (
+        dataloader,
+        engine_loading,
+        engine_saving,
+        engine_setup,
+        export,
+        flat_optimizer,
+        optimizer_offload,
+        progress,
+    )
+    from deepspeed.runtime.zero import offload_states
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+else:
+    # Programs that do not train with us import this class to unwrap models (Accelerate does), so that its parts come later.
+    configuration = on_first_use("deepspeed.runtime.config")
+    dataloader = on_first_use("deepspeed.runtime.dataloader")
+    engine_loading = on_first_use("deepspeed.runtime.engine_loading")
+    engine_saving = on_first_use("deepspeed.runtime.engine_saving")
+    engine_setup = on_first_use("deepspeed.runtime.engine_setup")
+    export = on_first_use("deepspeed.runtime.export")
+    flat_optimizer = on_first_use("deepspeed.runtime.flat_optimizer")
+    guard = on_first_use("deepspeed._core.ckpt.guard")
+    offload_states = on_first_use("deepspeed.runtime.zero.offload_states")
+    optimizer_offload = on_first_use("deepspeed.runtime.optimizer_offload")
+    progress = on_first_use("deepspeed.runtime.progress")
+    save = on_first_use("deepspeed._core.ckpt.save")
 
 __all__ = ["DeepSpeedEngine"]
 
@@ -53,6 +75,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         mpu: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
+        # Now, and not after hours of training, when other files may be installed.
+        load_now(dataloader, engine_loading, engine_saving, export, offload_states)
         super().__init__()
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(f"deepspeed.initialize: model must be a torch.nn.Module, not {type(model).__name__}")
@@ -61,8 +85,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.device = engine_setup.choose_device(args)
         self.dp_process_group = engine_setup.data_parallel_group(mpu)
 
-        def plan() -> tuple[DeepSpeedConfig, torch.optim.Optimizer | None, Any]:
-            parsed = DeepSpeedConfig(config)
+        def plan() -> tuple[configuration.DeepSpeedConfig, torch.optim.Optimizer | None, Any]:
+            parsed = configuration.DeepSpeedConfig(config)
             parsed.resolve_batch(self.dp_world_size)
             made = engine_setup.make_inner_optimizer(parsed, optimizer, model_parameters, model)
             return parsed, made, engine_setup.make_scheduler(parsed, lr_scheduler, made)
@@ -75,19 +99,19 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.collate_fn = collate_fn
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self.loaded_checkpoint_tag: str | None = None
-        self._saver = Saver()
+        self._saver = save.Saver()
         self._boundary: bool | None = None
         self._accumulate_only = False
         self._step_applied = False
         self._precision = engine_setup.precision_policy(self._config, model)
-        self._progress = Progress(self._config)
+        self._progress = progress.Progress(self._config)
 
         trained = {p for g in inner.param_groups for p in g["params"] if p.requires_grad} if inner else set()
         self._offload = engine_setup.partition_or_unite(
             self._config, model, self._precision, self.device, self.dp_process_group, trained
         )
         engine_setup.prepare_module(model, self._precision, self.device, self.dp_process_group, trained)
-        self._flat: FlatOptimizer | None = None
+        self._flat: flat_optimizer.FlatOptimizer | None = None
         if inner is not None:
             self._flat = engine_setup.make_flat_optimizer(
                 self._config,
@@ -104,7 +128,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         if self._offload is not None:
             self._offload.attach()
         # A plain fp32 run without ZeRO gives the user's own optimizer back; partitioned inference what runs it.
-        self.optimizer: Any = inner if type(self._flat) is FlatOptimizer else self._flat or self._offload
+        self.optimizer: Any = inner if type(self._flat) is flat_optimizer.FlatOptimizer else self._flat or self._offload
         self.basic_optimizer = inner
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
         self._watched = doctor.start(self._config.hang_timeout_s)
@@ -309,9 +333,9 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         data_sampler: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_local_io_workers: int | None = None,
-    ) -> DeepSpeedDataLoader:
+    ) -> dataloader.DeepSpeedDataLoader:
         """A loader with this rank's share of ``dataset``; shuffled for ``route="train"``, in order otherwise."""
-        return DeepSpeedDataLoader(
+        return dataloader.DeepSpeedDataLoader(
             dataset,
             batch_size or self.train_micro_batch_size_per_gpu(),
             rank=dist.get_rank(self.dp_process_group),
@@ -352,7 +376,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
 
         With ZeRO-3 every rank gives the same whole state dict, and takes its own part of it. Not collective.
         """
-        before_change()
+        guard.before_change()
         if custom_load_fn is not None:
             custom_load_fn(src=state_dict, dst=self.module)
         else:
@@ -488,7 +512,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def offload_states(
         self,
         include: Container[OffloadStateTypeEnum] | None = None,
-        device: OffloadDeviceEnum = OffloadDeviceEnum.cpu,
+        device: OffloadDeviceEnum | str = "cpu",
         pin_memory: bool = True,
         non_blocking: bool = False,
     ) -> None:
@@ -513,7 +537,7 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         """Brings back what :meth:`offload_states` moved. Collective with ZeRO-3."""
         offload_states.reload(self._require_optimizer("reload_states"), non_blocking)
 
-    def _require_optimizer(self, what: str) -> FlatOptimizer:
+    def _require_optimizer(self, what: str) -> flat_optimizer.FlatOptimizer:
         if self._flat is None:
             raise RuntimeError(
                 f"engine.{what}() needs an optimizer: pass one to deepspeed.initialize, or name one in the config "

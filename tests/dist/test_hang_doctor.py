@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import deepspeed
 import deepspeed.comm as comm
-import deepspeed.runtime.engine
+import tests.helpers.engine_parts  # noqa: F401
 from deepspeed._core.reduce.transport import make_transport
 from deepspeed.comm import doctor
 from deepspeed.comm.doctor import _process, board, evidence

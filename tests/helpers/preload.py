@@ -2,6 +2,6 @@
 
 import torch._dynamo
 
-import deepspeed.runtime.engine
+from tests.helpers.engine_parts import deepspeed
 
 __all__ = ["deepspeed", "torch"]

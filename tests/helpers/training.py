@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import deepspeed
-import deepspeed.runtime.engine
+import tests.helpers.engine_parts  # noqa: F401
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from tests.helpers.models import Tricky, batches
 

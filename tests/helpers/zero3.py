@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import deepspeed
-import deepspeed.runtime.engine
+import tests.helpers.engine_parts  # noqa: F401
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 

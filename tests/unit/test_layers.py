@@ -79,12 +79,15 @@ def imports_of(module: str, path: Path) -> list[tuple[int, str]]:
         id(inner)
         for node in ast.walk(tree)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
+        for statement in node.body
+        for inner in ast.walk(statement)
     }
     found = []
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "on_first_use" and node.args:
+            found.append((node.lineno, ast.literal_eval(node.args[0])))
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -79,7 +79,7 @@ def _states_of(flat: FlatOptimizer, bucket: Bucket) -> list[torch.Tensor]:
 def offload(
     flat: FlatOptimizer,
     include: Container[OffloadStateTypeEnum] | None,
-    device: OffloadDeviceEnum,
+    device: OffloadDeviceEnum | str,
     pin_memory: bool,
     non_blocking: bool,
 ) -> None:
