@@ -104,5 +104,6 @@ def read_environment_files(name: str) -> dict[str, str]:
 
 def without_launcher_variables(found: Mapping[str, str]) -> dict[str, str]:
     """Drops what the launcher decides for each rank: clients append their whole environment to the file."""
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
+    own = (*place, "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in found.items() if name not in own}

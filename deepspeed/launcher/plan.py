@@ -68,6 +68,7 @@ def plan_ranks(job: NodeJob, environment: Mapping[str, str]) -> list[RankPlan]:
         **job.extra_environment,
         "WORLD_SIZE": str(sum(map(len, job.slots_by_node))),
         "LOCAL_SIZE": str(len(slots)),
+        "LOCAL_WORLD_SIZE": str(len(slots)),  # torchrun's name; without it Accelerate writes 1 on CPUs
         "CROSS_RANK": str(job.node_rank),
         "CROSS_SIZE": str(len(job.slots_by_node)),
         "MASTER_ADDR": job.master_addr,
@@ -104,7 +105,7 @@ def plan_elastic_agent(
     """
     slots = job.slots_by_node[job.node_rank]
     common = {**environment, **job.extra_environment}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"):
         common.pop(name, None)  # true of no world that the agent will make
     if job.cuda:
         common["CUDA_VISIBLE_DEVICES"] = _visible_devices(slots, common.get("CUDA_VISIBLE_DEVICES"))

@@ -81,8 +81,7 @@ def run_clients(
 
 
 def _launched(rank: int, world_size: int, port: int, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
-    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Accelerate has no other way to use the CPU where there is a GPU
     return fn(rank, world_size, *args, **kwargs)

@@ -25,6 +25,7 @@ def test_environment_of_each_rank():
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "2",
         "LOCAL_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
         "CROSS_RANK": "0",
         "CROSS_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
