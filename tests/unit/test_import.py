@@ -41,6 +41,21 @@ def test_import_loads_nothing_heavy_and_prints_nothing():
     assert len(loaded) < 20, loaded
 
 
+def test_the_engine_class_comes_without_an_engine_s_parts():
+    """Accelerate imports it at each ``unwrap_model``, in programs that do not use us, too."""
+    out = run(
+        "import torch, sys; before = set(sys.modules); from deepspeed import DeepSpeedEngine; import json, threading;"
+        "from deepspeed.accelerator import real_accelerator;"
+        "print(json.dumps([sorted(set(sys.modules) - before), threading.active_count(), "
+        "torch.cuda.is_initialized() or bool(real_accelerator._chosen)]))"
+    )
+    loaded, threads, device = json.loads(out)
+    assert "deepspeed.runtime.engine" in loaded and threads == 1 and not device
+    assert [name for name in loaded if not name.startswith("deepspeed")] == []
+    assert not [name for name in loaded if name.startswith(("deepspeed.ops", "deepspeed.launcher"))]
+    assert len(loaded) <= 36, loaded
+
+
 def test_attributes_exist_after_a_bare_import():
     out = run(
         "import deepspeed as d; d.runtime.lr_schedules.VALID_LR_SCHEDULES; d.utils.logging.logger;"

@@ -7,7 +7,17 @@ _TILING = "deepspeed.runtime.zero.tiling:"
 
 __getattr__, __dir__ = attach(
     __name__,
-    ("config", "estimate", "offload_config", "partition_parameters", "stage_1_and_2", "tiling"),
+    (
+        "config",
+        "estimate",
+        "offload_config",
+        "parameter_offload",
+        "partition_parameters",
+        "stage3",
+        "stage_1_and_2",
+        "tiling",
+        "topology",
+    ),
     {
         "GatheredParameters": _PARTITION + "GatheredParameters",
         "Init": _PARTITION + "Init",
