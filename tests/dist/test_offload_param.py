@@ -20,6 +20,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed._core.params.store import AwayShard, HostShards
+from deepspeed.comm import doctor
 from deepspeed.runtime.zero import shard_homes
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import (
@@ -28,6 +29,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
 )
 from tests.helpers.dist import RankFailed, run_ranks
+from tests.helpers.scripts import run_scripts
 from tests.helpers.training import BATCH, KINDS, assert_equal, make_model, run_engine
 from tests.helpers.zero3 import (
     RELEASED,
@@ -550,6 +552,23 @@ def _cut(rank: int, world: int, folder: str, when: str) -> str:
 @pytest.mark.parametrize("when", ["forward", "ahead"])
 def test_a_file_that_was_cut_is_noticed(when: str, tmp_path: Path) -> None:
     assert run_ranks(_cut, 1, str(tmp_path), when) == ["said"]
+
+
+def _cut_on_one_rank(rank: int, world: int, folder: str) -> None:
+    engine = engine_of(built(Stack), _nvme(folder, buffer_count=0))
+    engine.backward(engine(data(rank, 0)))
+    engine.step()
+    if rank == 1:
+        _store(engine).file.truncate(0)
+    engine(data(rank, 1))
+    raise AssertionError("the forward went on")
+
+
+def test_a_rank_that_cannot_read_is_named_to_those_who_wait_for_it(tmp_path: Path) -> None:
+    waiting, failing = run_scripts(_cut_on_one_rank, 2, str(tmp_path), DS_HANG_TIMEOUT_S="1.5")
+    assert failing.code == 1 and re.search(r"OSError: .*shard of parameter \S+ cannot be read: read of", failing.text)
+    assert waiting.code == doctor.EXIT_CODE
+    assert re.search(r"rank 1 raised OSError: .*shard of parameter \S+ .*; rank 0 waits for it", waiting.text), waiting.text
 
 
 def _unwritable(rank: int, world: int, folder: str) -> str:
