@@ -776,14 +776,14 @@ def load_state_dict_from_zero_checkpoint(
 ) -> torch.nn.Module:
     """Move ``model`` to CPU, load the fp32 weights of a checkpoint into it, and return it.
 
-    The engine that wrapped the model, if any, can not be used afterwards.
+    Not collective. A model that ZeRO-3 has partitioned becomes an ordinary, whole one if the checkpoint has all its
+    parameters. The engine that wrapped the model, if any, can not be used afterwards.
 
     Raises:
         FileNotFoundError, ZeroCheckpointError: as in ``get_fp32_state_dict_from_zero_checkpoint``; also when the
             checkpoint holds names that the model does not have.
     """
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
-    model = model.cpu()
     own = model.state_dict()
     unknown = [name for name in state if name not in own]
     if unknown:
@@ -796,6 +796,11 @@ def load_state_dict_from_zero_checkpoint(
         print(
             f"The checkpoint has no values for {', '.join(lacking[:5])}{', ...' if lacking[5:] else ''}: left as given"
         )
+    partitioned = {n for n, p in model.named_parameters(remove_duplicate=False) if hasattr(p, "ds_id")}
+    if partitioned and partitioned <= state.keys():
+        # Not imported: this file also stands alone. Whoever has such parameters has that module.
+        sys.modules["deepspeed.runtime.zero.module_state"].make_ordinary(model)
+    model = model.cpu()
     model.load_state_dict(state, strict=False)
     return model
 

@@ -452,12 +452,16 @@ class ParamHandle:
         else:
             storage.resize_(0)
 
-    def dissolve(self) -> None:
-        """Makes the parameter an ordinary, whole one again. It must be available."""
-        if not self.available:
+    def dissolve(self, data: torch.Tensor | None = None) -> None:
+        """Makes the parameter an ordinary, whole one again: with ``data``, else with its own, which must be available."""
+        if data is None and not self.available:
             raise AssertionError(f"dissolving {self.label}, which is not whole; please report this")
         param = self.param
-        param.data = param.data.clone()
+        if data is None:
+            data = param.data.clone()
+        else:
+            self.release()
+        param.data = data
         for name in [n for n in vars(param) if n.startswith("ds_")]:
             delattr(param, name)
         for name in ("_ds_handle", "__deepcopy__", "__reduce_ex__", *_METHODS):

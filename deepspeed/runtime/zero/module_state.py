@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from deepspeed._core.params.construct import unwatched
-from deepspeed._core.params.handle import ParamHandle, handle_of
+from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
+from deepspeed._core.params.hooks import coordinator_of
 from deepspeed.utils.tensor_fragment import weights_written
 
-__all__ = ["check_has_data", "named_handles", "unwatch_state", "watch_state", "write_shard"]
+__all__ = ["check_has_data", "make_ordinary", "named_handles", "unwatch_state", "watch_state", "write_shard"]
 
 _HOOK_DICTS = ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
@@ -71,6 +72,20 @@ def unwatch_state(root: torch.nn.Module) -> None:
             hooks = getattr(module, name)
             for key in [key for key, hook in hooks.items() if is_state_hook(hook)]:
                 del hooks[key]
+
+
+def make_ordinary(root: torch.nn.Module) -> None:
+    """Gives partitioned parameters whole data of unknown content on the CPU, and takes ZeRO-3's hooks off the modules.
+
+    For someone who writes all of that data. Not collective; an engine around ``root`` is of no use afterwards.
+    """
+    for handle in handles_of(root.parameters()):
+        handle.dissolve(torch.empty(handle.shape, dtype=handle.dtype))
+    for module in root.modules():
+        coordinator = coordinator_of(module)
+        if coordinator is not None:
+            coordinator.detach()
+    unwatch_state(root)
 
 
 def named_handles(root: torch.nn.Module) -> dict[str, ParamHandle]:
