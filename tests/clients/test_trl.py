@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,7 @@ def config(stage: int, zero_optimization: Any = (), **more: Any) -> dict[str, An
         "zero_optimization": {
             "stage": stage,
             "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 40,  # more than the models' vectors have
             **dict(zero_optimization),
         },
         **more,
@@ -102,7 +102,7 @@ def low_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def made(folder: str, kind: str, stage: int | None, model: Any, base: str, out: str, options: dict[str, Any]) -> Any:
-    """A trainer of a kind. Options of ours: ``deepspeed`` (more for the config), ``peft_config``, ``judge`` (a model rewards)."""
+    """A trainer of a kind. Options of ours: ``deepspeed`` (more for its config), ``peft_config``, ``judge`` (rewards)."""
     import trl
 
     options = {**OPTIONS[kind], **options}
