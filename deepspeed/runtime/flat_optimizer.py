@@ -35,7 +35,7 @@ from deepspeed._core.store import OffloadPolicy
 from deepspeed.comm import doctor
 from deepspeed.runtime import optimizer_offload
 from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase
-from deepspeed.runtime.shard_owner import ShardOwner
+from deepspeed.runtime.shard_owner import ShardOwner, StateInFiles
 from deepspeed.utils.logging import log_dist, warning_once
 from deepspeed.utils.tensor_fragment import register_owner, unregister_owner
 
@@ -524,8 +524,12 @@ class FlatOptimizer(ShardOwner):
         """A weight's values were changed from outside: its master follows where they differ."""
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part in memory layout: masters by bucket, the inner optimizer's state, the scaler."""
-        self._require_in_memory("state_dict()", "save_checkpoint")
+        """This rank's part in memory layout: masters by bucket, the inner optimizer's state, the scaler.
+
+        If it is in files, reading what this returns raises ``RuntimeError``.
+        """
+        if why := self._not_in_memory("state_dict()", "save_checkpoint"):
+            return StateInFiles(why)
         return {
             "zero_stage": self.stage,
             "single_partition_of_fp32_groups": [bucket.master for bucket in self.buckets],
@@ -536,7 +540,8 @@ class FlatOptimizer(ShardOwner):
 
     def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Takes what :meth:`state_dict` gave on the same rank of the same run layout. Collective."""
-        self._require_in_memory("load_state_dict()", "load_checkpoint")
+        if why := self._not_in_memory("load_state_dict()", "load_checkpoint"):
+            raise RuntimeError(why)
         given = [tuple(t.shape) for t in state_dict["single_partition_of_fp32_groups"]]
         expected = [tuple(bucket.master.shape) for bucket in self.buckets]
         if given != expected or state_dict["zero_stage"] != self.stage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 
 from deepspeed._core.reduce.bucket import Bucket
@@ -9,7 +11,25 @@ from deepspeed._core.store import ShardStates
 from deepspeed.runtime import optimizer_offload
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 
-__all__ = ["ShardOwner"]
+__all__ = ["ShardOwner", "StateInFiles"]
+
+
+class StateInFiles(dict[str, Any]):
+    """A ``state_dict()`` whose contents are in files: it can be made and thrown away, and refuses to be read, iterated,
+    copied or pickled. Lightning's Trainer makes one for each checkpoint and leaves it out of what it saves."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__()
+        self._why = why
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(self._why)
+
+    __getitem__ = __contains__ = __iter__ = __len__ = __reduce_ex__ = __eq__ = __or__ = __ror__ = _refuse
+    get = keys = values = items = copy = pop = _refuse  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{self._why}>"
 
 
 class ShardOwner(DeepSpeedOptimizer):
@@ -68,12 +88,14 @@ class ShardOwner(DeepSpeedOptimizer):
         """Whether optimizer states are in files, on any rank."""
         return self.states.files is not None
 
-    def _require_in_memory(self, what: str, instead: str) -> None:
-        if not self._whole and not all(map(self.states.in_memory, self.buckets)):
-            raise RuntimeError(
-                f"{what} would hold all optimizer state in memory, which zero_optimization.offload_optimizer keeps in "
-                f"files: use engine.{instead}, which goes tile by tile"
-            )
+    def _not_in_memory(self, what: str, instead: str) -> str:
+        """Why all optimizer state cannot be had at once; empty if it can."""
+        if self._whole or all(map(self.states.in_memory, self.buckets)):
+            return ""
+        return (
+            f"{what} would hold all optimizer state in memory, which zero_optimization.offload_optimizer keeps in "
+            f"files: use engine.{instead}, which goes tile by tile"
+        )
 
     def _master_to_weights(self, bucket: Bucket) -> OSError | None:
         """The weights follow the master; what went wrong, which other ranks must not wait for."""

@@ -28,6 +28,11 @@ from tests.helpers.lightning import FabricOnCPU, TrainerOnCPU
 pytestmark = pytest.mark.client
 
 MICRO, ACCUMULATION, CLIP, LR = 4, 2, 1.0, 5e-3
+PERSISTENCE = {"stage3_param_persistence_threshold": 40}  # more than the model's vectors have: the rest is released
+
+# Devices of optimizer states and of parameters, and the stages that can have them.
+OFFLOADS = [(1, "cpu", None), (2, "cpu", None), (3, "cpu", None), (3, "cpu", "cpu")]
+OFFLOADS += [(1, "nvme", None), (2, "nvme", None), (3, "nvme", None), (3, "cpu", "nvme"), (3, "nvme", "nvme")]
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -91,7 +96,7 @@ def fabric_strategy(stage: int, **extra: Any) -> Any:
         accelerator=FabricOnCPU(),
         config={
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, **zero_options},
+            "zero_optimization": {"stage": stage, **PERSISTENCE, **zero_options},
             "gradient_clipping": CLIP,
             "train_micro_batch_size_per_gpu": MICRO,
         },
@@ -168,8 +173,12 @@ def test_fabric(stage: int, world_size: int, precision: str, tmp_path: Path) -> 
         torch.testing.assert_close(tensor, ours[0]["weights"][name], rtol=0 if precision == "32-true" else 1e-2, atol=0)
 
 
-def offload(rank: int, world_size: int, stage: int, params: bool) -> list[float]:
-    where = {"offload_optimizer": {"device": "cpu"}, **({"offload_param": {"device": "cpu"}} if params else {})}
+def offload(
+    rank: int, world_size: int, folder: str, stage: int, states: str, params: str | None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    where: dict[str, Any] = {"offload_optimizer": {"device": states, "nvme_path": folder}}
+    if params is not None:
+        where["offload_param"] = {"device": params, "nvme_path": folder}
     strategy = fabric_strategy(stage, zero_optimization=where)
     fabric = lightning.Fabric(strategy=strategy, devices=world_size)
     fabric.launch()
@@ -185,15 +194,17 @@ def offload(rank: int, world_size: int, stage: int, params: bool) -> list[float]
         optimizer.zero_grad()
         scheduler.step()
         losses.append(float(loss.detach()))
-    return losses
+    return losses, whole(strategy.model.module)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "params"), [(2, False), (3, False), (3, True)])
-def test_fabric_with_offload(stage: int, params: bool) -> None:
-    expected = plain(2, 1)["losses"]
-    for losses, other in zip(run_clients(offload, 2, stage, params), expected, strict=True):
+@pytest.mark.parametrize(("stage", "states", "params"), OFFLOADS)
+def test_fabric_with_offload(stage: int, states: str, params: str | None, tmp_path: Path) -> None:
+    expected = plain(2, 1)
+    ours = run_clients(offload, 2, str(tmp_path), stage, states, params)
+    for (losses, weights), other in zip(ours, expected["losses"], strict=True):
         assert losses == pytest.approx(other, rel=5e-5)
+        assert_weights_close(weights, expected["weights"], atol=1e-4)
 
 
 def load_whole(rank: int, world_size: int, file: str) -> dict[str, torch.Tensor]:
@@ -221,8 +232,9 @@ def test_fabric_loads_a_plain_file_into_partitions(tmp_path: Path) -> None:
 class Counting(lightning.LightningModule):
     """A LightningModule around the tiny GPT-2; the strategy partitions what ``configure_model`` makes."""
 
-    def __init__(self) -> None:
+    def __init__(self, offload: bool = False) -> None:
         super().__init__()
+        self.offload = offload
         self.gpt2: Any = None
         self.losses: list[float] = []
 
@@ -241,14 +253,17 @@ class Counting(lightning.LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.gpt2.parameters(), lr=LR)
+        kind: Any = deepspeed.ops.adam.DeepSpeedCPUAdam if self.offload else torch.optim.AdamW
+        optimizer = kind(self.gpt2.parameters(), lr=LR, weight_decay=0.01)
         return [optimizer], [{"scheduler": schedule(optimizer), "interval": "step"}]
 
 
-def trainer(folder: str, stage: int, precision: str, world_size: int, epochs: int) -> Any:
+def trainer(folder: str, stage: int, precision: str, world_size: int, epochs: int, **extra: Any) -> Any:
+    strategy = TrainerStrategy(accelerator=TrainerOnCPU(), stage=stage, **extra)
+    strategy.config["zero_optimization"].update(PERSISTENCE)  # type: ignore[index]
     return lightning.Trainer(
         default_root_dir=folder,
-        strategy=TrainerStrategy(accelerator=TrainerOnCPU(), stage=stage),
+        strategy=strategy,
         devices=world_size,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=epochs,
@@ -270,8 +285,11 @@ def loader(size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.Subset(Sequences(size, seed), order), batch_size=MICRO)
 
 
-def use_trainer(rank: int, world_size: int, folder: str, stage: int, precision: str) -> dict[str, Any]:
-    module, runner = Counting(), trainer(folder, stage, precision, world_size, 2)
+def use_trainer(
+    rank: int, world_size: int, folder: str, stage: int, precision: str, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    extra = extra or {}
+    module, runner = Counting(bool(extra)), trainer(folder, stage, precision, world_size, 2, **extra)
     data, held_out = loader(48, 0, rank, world_size), loader(16, 5)
     runner.fit(module, data, held_out)
     engine = runner.strategy.deepspeed_engine
@@ -282,7 +300,7 @@ def use_trainer(rank: int, world_size: int, folder: str, stage: int, precision: 
     (tested,) = runner.test(module, held_out, verbose=False)
     result["test"] = tested["eval_loss"]
 
-    module, runner = Counting(), trainer(folder + "/again", stage, precision, world_size, 2)
+    module, runner = Counting(bool(extra)), trainer(folder + "/again", stage, precision, world_size, 2, **extra)
     runner.fit(module, data, held_out, ckpt_path=f"{folder}/epoch=0.ckpt")
     result["again"], result["weights again"] = module.losses, whole(module.gpt2)
     return result
@@ -293,6 +311,21 @@ def use_trainer(rank: int, world_size: int, folder: str, stage: int, precision: 
 def test_trainer(stage: int, world_size: int, precision: str, tmp_path: Path) -> None:
     """Accumulation, clipping, a schedule of each step, validation, test, checkpoints, resuming, one fp32 file."""
     ours = run_clients(use_trainer, world_size, str(tmp_path), stage, precision)
+    check_trainer(ours, tmp_path, world_size, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "states", "params"), OFFLOADS)
+def test_trainer_with_offload(stage: int, states: str, params: str | None, tmp_path: Path) -> None:
+    """The same, through the strategy's own arguments."""
+    extra: dict[str, Any] = {"offload_optimizer": True, "offload_optimizer_device": states, "nvme_path": str(tmp_path)}
+    if params is not None:
+        extra |= {"offload_parameters": True, "offload_params_device": params, "params_buffer_size": 10_000}
+    ours = run_clients(use_trainer, 2, str(tmp_path), stage, "32-true", extra)
+    check_trainer(ours, tmp_path, 2, "32-true")
+
+
+def check_trainer(ours: list[dict[str, Any]], tmp_path: Path, world_size: int, precision: str) -> None:
     assert_learns_as(ours, plain(world_size, ACCUMULATION), precision != "32-true")
     for result in ours:
         assert result["test"] == pytest.approx(result["eval"], rel=1e-6)

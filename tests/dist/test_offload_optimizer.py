@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import logging
 import os
+import pickle
 import resource
 import signal
 import time
@@ -391,8 +393,14 @@ def _weights_by_hand(rank: int, world: int, folder: str) -> None:
                     engine._flat.refresh_master()
                 train(engine, rank, 1, first=1)
                 found.append(masters(engine))
-                with pytest.raises(RuntimeError) if offload else contextlib.nullcontext():
-                    engine.optimizer.state_dict()
+                state = engine.optimizer.state_dict()  # clients make one that they do not use
+                for read in (dict, list, len, copy.deepcopy, pickle.dumps, lambda state: state.get("zero_stage")):
+                    with pytest.raises(RuntimeError, match="tile by tile") if offload else contextlib.nullcontext():
+                        read(state)
+                if offload:
+                    assert "use engine.save_checkpoint" in repr(state)
+                    with pytest.raises(RuntimeError, match="tile by tile"):
+                        engine.optimizer.load_state_dict({})
         same(found[1], found[0], f"stage {stage}")
 
 
