@@ -57,7 +57,8 @@ def test_trainer_script(launcher: str, tmp_path: Path) -> None:
     script += "--bf16 True --ddp_backend gloo --per_device_train_batch_size 4 --num_train_epochs 3 --logging_steps 1 "
     script += "--learning_rate 5e-3 --report_to none --save_strategy no --disable_tqdm True"
     if launcher == "deepspeed":
-        launch("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), *script.split())
+        place = f"--num_nodes 1 --num_gpus 2 --master_port {free_port()}"
+        launch("deepspeed.launcher.runner", *place.split(), *script.split())
     else:
         launch("torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", *script.split())
     first, second = reports(tmp_path, 2)

@@ -240,14 +240,13 @@ def test_options_of_the_trainer(option: str, tmp_path: Path) -> None:
             assert_close(results[1], results[0], **FP32)
 
 
-def after_running_out_of_memory(rank: int, world_size: int, out: str) -> dict[str, Any]:
+def after_running_out_of_memory(rank: int, world_size: int, out: str, stage: int) -> dict[str, Any]:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     deepspeed.utils.logger.addHandler(handler)
-    given = config(2, optimizer=True, scheduler=True)
-    untouched = copy.deepcopy(given)
-    trainer = make_trainer(out, given, max_steps=3, bf16=True, auto_find_batch_size=True, log_level="info")
+    ds = config(stage, optimizer=True, scheduler=True)
+    trainer = make_trainer(out, ds, max_steps=3, bf16=True, auto_find_batch_size=True, log_level="info")
     trained, sizes = trainer.training_step, []
 
     def too_large(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +260,6 @@ def after_running_out_of_memory(rank: int, world_size: int, out: str) -> dict[st
     return {
         "info": any("DeepSpeed info" in text for text in records),
         "sizes": sizes,
-        "unchanged": given == untouched,
         "stage": trainer.model_wrapped.config.get("zero_optimization", {}).get("stage"),
         "dtype": str(trainer.model.dtype),
         **outcome(trainer),
@@ -269,12 +267,13 @@ def after_running_out_of_memory(rank: int, world_size: int, out: str) -> dict[st
 
 
 @pytest.mark.slow
-def test_the_batch_size_finder_wraps_the_model_again(tmp_path: Path) -> None:
-    for rank, result in enumerate(run_clients(after_running_out_of_memory, 2, str(tmp_path))):
+@pytest.mark.parametrize("stage", [1, 2])  # Transformers refuses stage 3
+def test_the_batch_size_finder_wraps_the_model_again(stage: int, tmp_path: Path) -> None:
+    for rank, result in enumerate(run_clients(after_running_out_of_memory, 2, str(tmp_path), stage)):
         assert result["info"] == (rank == 0)
         assert result["sizes"][0] == 4 and min(result["sizes"]) == 2
         assert result["steps"] == len(result["loss"]) == 3
-        assert result["unchanged"] and result["stage"] == 2 and result["dtype"] == "torch.bfloat16"
+        assert result["stage"] == stage and result["dtype"] == "torch.bfloat16"
 
 
 # -- saving and resuming -----------------------------------------------------------------------------------------------
@@ -386,10 +385,10 @@ def check_exports(checkpoint: Path, model_dir: Path, weights: dict[str, torch.Te
     assert_identical(fp32, model.state_dict())
 
 
-def best_model(rank: int, world_size: int, out: str) -> dict[str, Any]:
+def best_model(rank: int, world_size: int, out: str, stage: int) -> dict[str, Any]:
     trainer = make_trainer(
         out,
-        config(2, optimizer=True, scheduler=True),
+        config(stage, optimizer=True, scheduler=True),
         bf16=True,
         # Each pass overshoots after a while, so that the best is not the last.
         learning_rate=0.3,
@@ -416,8 +415,9 @@ def best_model(rank: int, world_size: int, out: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
-    for result in run_clients(best_model, 2, str(tmp_path / "out")):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_best_model_comes_back_at_the_end(stage: int, tmp_path: Path) -> None:
+    for result in run_clients(best_model, 2, str(tmp_path / "out"), stage):
         step = min(result["losses"], key=result["losses"].get)
         assert step != max(result["losses"]), "the data should make the last model a worse one"
         assert result["checkpoint"].endswith(f"checkpoint-{step}")
