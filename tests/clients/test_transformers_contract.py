@@ -470,7 +470,8 @@ def search(rank: int, world_size: int, out: str, stage: int) -> list[Any]:
     return [best.run_id, best.hyperparameters, learned(again), engine.train_micro_batch_size_per_gpu()]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_hyperparameters_are_searched_with_an_engine_each(stage: int, tmp_path: Path) -> None:
     for run, found, again, micro in run_clients(search, 2, str(tmp_path), stage):
         assert run == "1" and micro == 2
