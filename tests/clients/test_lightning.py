@@ -307,7 +307,9 @@ def use_trainer(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "bf16-true")])
+@pytest.mark.parametrize(
+    ("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "bf16-true"), (2, "bf16-mixed")]
+)
 def test_trainer(stage: int, world_size: int, precision: str, tmp_path: Path) -> None:
     """Accumulation, clipping, a schedule of each step, validation, test, checkpoints, resuming, one fp32 file."""
     ours = run_clients(use_trainer, world_size, str(tmp_path), stage, precision)
@@ -321,6 +323,7 @@ def test_trainer_with_offload(stage: int, states: str, params: str | None, tmp_p
     extra: dict[str, Any] = {"offload_optimizer": True, "offload_optimizer_device": states, "nvme_path": str(tmp_path)}
     if params is not None:
         extra |= {"offload_parameters": True, "offload_params_device": params, "params_buffer_size": 10_000}
+        extra |= {"remote_device": params}
     ours = run_clients(use_trainer, 2, str(tmp_path), stage, "32-true", extra)
     check_trainer(ours, tmp_path, 2, "32-true")
 
