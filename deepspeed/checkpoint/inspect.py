@@ -171,10 +171,14 @@ def _verify(folder: Path, manifest: Manifest | None, progress: Progress) -> None
         CheckpointError: names the file that is not what was written.
     """
     if manifest is not None:
-        parts = max(sum(len(known.crc32) for known in manifest.files.values()), 1)
-        for part in range(parts):
-            manifest.check_content(folder, part, parts)
-            progress(manifest.nbytes * (part + 1) // parts, manifest.nbytes)
+        nbytes, done = manifest.nbytes, 0
+
+        def tell(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, nbytes)
+
+        manifest.check_content(folder, progress=tell)
         return
     sizes = {name: nbytes for name, nbytes in files_of(folder).items() if name.endswith(".pt")}
     done = 0

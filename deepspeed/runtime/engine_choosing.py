@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspeed import comm as dist
 from deepspeed._core.bars import bytes_bar
-from deepspeed._core.ckpt.manifest import check_complete, known_tags
-from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
+from deepspeed._core.ckpt.manifest import Manifest, check_complete, known_tags
+from deepspeed._core.ckpt.native import LATEST, find_tag_dir, is_optim_states, read_latest
 from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.engine_checkpoint import gather, together
@@ -20,14 +22,41 @@ from deepspeed.utils.logging import log_dist
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-__all__ = ["choose", "require_same"]
+__all__ = ["Choice", "DamagedError", "check_rest", "choose", "require_same"]
 
 
-def choose(engine: DeepSpeedEngine, load_dir: str, tag: str | None) -> Path | None:
+class DamagedError(CheckpointError):
+    """The content of a checkpoint is not what was written. Raised on all ranks alike."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A folder to load.
+
+    Attributes:
+        folder: its files are all there, and as long as they were.
+        manifest: what was written; None in a folder of another program.
+        unchecked: blocks of its files (name and index) whose checksums are still to be compared, by :func:`check_rest` at
+            the latest.
+    """
+
+    folder: Path
+    manifest: Manifest | None = None
+    unchecked: tuple[tuple[str, int], ...] = ()
+
+
+def choose(
+    engine: DeepSpeedEngine, load_dir: str, tag: str | None, damaged: Mapping[str, str], *, check_optimizer: bool
+) -> Choice | None:
     """The folder to load, whose files are what was written; None if nothing is there. Collective.
 
     Without a tag, it is what ``latest`` names or, if that is damaged or incomplete, the newest checkpoint that is not.
     The ranks share the reading; a folder of another program has no checksums and is taken as it is.
+
+    Args:
+        engine, load_dir, tag: of ``load_checkpoint``.
+        damaged: tags that are out of the question, and why.
+        check_optimizer: compare the checksums of optimizer files, too; without, they are the choice's ``unchecked``.
 
     Raises:
         CheckpointError: the given one, or all, are missing or damaged; ranks see different folders.
@@ -44,9 +73,12 @@ def choose(engine: DeepSpeedEngine, load_dir: str, tag: str | None) -> Path | No
     candidates = gather(candidates)[0]  # nodes with storage of their own may have kept different ones
     problem = ""
     for candidate in candidates:
-        found, problem = _examine(engine, load_dir, candidate)
+        if candidate in damaged:
+            found, problem = None, damaged[candidate]
+        else:
+            found, problem = _examine(engine, load_dir, candidate, check_optimizer)
         if found is not None:
-            require_same(found.name, load_dir)
+            require_same(found.folder.name, load_dir)
             return found
         if candidate != candidates[-1]:
             log_dist(f"{problem}. Looking for an older checkpoint in {load_dir}", level=logging.WARNING)
@@ -72,22 +104,60 @@ def _candidates(load_dir: str) -> list[str]:
     return ([] if latest is None else [latest]) + [tag for tag in complete if tag != latest]
 
 
-def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str) -> tuple[Path | None, str]:
+def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str, check_optimizer: bool) -> tuple[Choice | None, str]:
     """The folder of a tag if all ranks find it whole; otherwise why not. Collective."""
-    folder, problem = None, None
+    choice, problem = None, None
     sharing = node_ranks(engine)
     checksums = engine._config.document.checkpoint.verify_checksums
     try:
         folder = find_tag_dir(load_dir, tag)
         manifest = check_complete(folder)
-        if manifest is not None and checksums:
-            part, parts = sharing.index(dist.get_rank()), len(sharing)
-            with bytes_bar(manifest.nbytes // parts, f"checking {tag}") as progress:
-                manifest.check_content(folder, part, parts, progress)
+        blocks = manifest.blocks() if manifest is not None and checksums else []
+        later = [(name, block) for name, block in blocks if not check_optimizer and is_optim_states(name)]
+        choice = Choice(folder, manifest, tuple(later))
+        _check(choice, [block for block in blocks if block not in set(later)], sharing)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems = [text for text in gather(problem) if text is not None]
-    return (None, problems[0]) if problems else (folder, "")
+    return (None, problems[0]) if problems else (choice, "")
+
+
+def _check(choice: Choice, blocks: list[tuple[str, int]], sharing: list[int]) -> None:
+    """Compares checksums of this rank's share of the blocks."""
+    manifest = choice.manifest
+    if manifest is None or not blocks:
+        return
+    part, parts = sharing.index(dist.get_rank()), len(sharing)
+    nbytes = sum(manifest.files[name].block_nbytes for name, _ in blocks) // parts
+    with bytes_bar(nbytes, f"checking {choice.folder.name}") as progress:
+        manifest.check_content(choice.folder, part, parts, progress, blocks)
+
+
+def check_rest(choice: Choice, checked: Mapping[str, Collection[int]], problem: str | None) -> None:
+    """After files were read: checks what no rank has read. Collective; all ranks see the same folder.
+
+    Args:
+        choice: with the blocks that were not checked before.
+        checked: blocks that this rank has checked since, by file.
+        problem: what this rank has found wrong.
+
+    Raises:
+        DamagedError: a rank has found damage.
+    """
+    found = gather((problem, {name: list(blocks) for name, blocks in checked.items()}))
+    problems = [text for text, _ in found if text is not None]
+    if not problems:
+        done = {(name, block) for _, files in found for name, blocks in files.items() for block in blocks}
+        rest = [block for block in choice.unchecked if block not in done]
+        if not rest:
+            return
+        try:
+            _check(choice, rest, list(range(dist.get_world_size())))
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        raise DamagedError(problems[0])
 
 
 def require_same(found: str | None, load_dir: str) -> None:

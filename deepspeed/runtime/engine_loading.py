@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.ckpt.blockreader import Ranges
 from deepspeed._core.ckpt.compare import differences, listed
 from deepspeed._core.ckpt.io import load_file
 from deepspeed._core.ckpt.native import (
     LATEST,
     check_format,
+    is_optim_states,
     model_states_path,
     optim_states_paths,
     read_zero_group_shapes,
@@ -37,10 +39,10 @@ from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
-from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, mp_rank_of, set_rng_state, together
-from deepspeed.runtime.engine_choosing import choose, require_same
+from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, set_rng_state, together
+from deepspeed.runtime.engine_choosing import Choice, DamagedError, check_rest, choose, require_same
 from deepspeed.runtime.engine_local import gathered_files
-from deepspeed.runtime.optimizer_loading import LoadPlan, ModelNames
+from deepspeed.runtime.optimizer_loading import LoadPlan, ModelNames, Staged
 from deepspeed.runtime.zero.module_state import is_state_hook, named_handles
 from deepspeed.utils.logging import log_dist, warning_once
 
@@ -94,30 +96,51 @@ def load(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See ``DeepSpeedEngine.load_checkpoint``. Everything is read and checked before anything is changed."""
 
-    folder = choose(engine, load_dir, tag)
-    if folder is None:
-        warning_once(
-            f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
-        )
-        return None, None
-    with gathered_files(engine, folder) as whole:
-        opened, client_state = _load_from(engine, whole, load_dir, what)
-    engine.loaded_checkpoint_tag = tag_of(folder)
-    log_dist(f"loaded checkpoint {folder}")
-    return str(folder / opened.path.name), client_state
+    # A fresh engine reads optimizer files once, checking them on the way: there is room for what is read beside its own
+    # state. One that has states to lose reads them twice.
+    once = all(gather(_can_stage(engine, what)))
+    damaged: dict[str, str] = {}
+    while True:
+        choice = choose(engine, load_dir, tag, damaged, check_optimizer=not once)
+        if choice is None:
+            warning_once(
+                f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
+            )
+            return None, None
+        with gathered_files(engine, choice.folder) as whole:
+            try:
+                opened, client_state = _load_from(engine, replace(choice, folder=whole), load_dir, what)
+                break
+            except DamagedError as error:
+                log_dist(f"{error}", level=logging.WARNING)
+                damaged[choice.folder.name] = str(error)
+    engine.loaded_checkpoint_tag = tag_of(choice.folder)
+    log_dist(f"loaded checkpoint {choice.folder}")
+    return str(choice.folder / opened.path.name), client_state
 
 
-def _load_from(engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadWhat) -> tuple[_Opened, dict[str, Any]]:
+def _can_stage(engine: DeepSpeedEngine, what: LoadWhat) -> bool:
+    """Whether masters and optimizer state can be read before anything is changed, with no more memory than they take."""
+    flat = engine._flat
+    if flat is None or not what.optimizer or flat.stage == 0 or flat.optimizer.state:
+        return False
+    if engine.use_node_local_storage() or not engine._config.document.checkpoint.verify_checksums:
+        return False
+    return all(map(flat.states.in_memory, flat.buckets))
+
+
+def _load_from(
+    engine: DeepSpeedEngine, choice: Choice, load_dir: str, what: LoadWhat
+) -> tuple[_Opened, dict[str, Any]]:
     """Loads a folder that has all files of a checkpoint; returns it and the client state."""
-    opened = together(lambda: _open(engine, folder, what))
-    require_same(f"{tag_of(folder)} of {opened.state.get('global_steps')} steps", load_dir)
-    flat, reader = engine._flat, opened.reader
-    together(lambda: _check_module(engine, opened, what))
-    names = _model_names(engine, opened)
-    plan = None
-    if reader is not None and flat is not None:
-        plan = together(lambda: optimizer_loading.plan_load(flat, reader, names, what.strict))
-    _tell(folder, [*_notes_on_module(engine, opened, what), *(plan.notes if plan is not None else ())])
+    flat = engine._flat
+    try:
+        opened, names, plan = _prepare(engine, choice.folder, load_dir, what)
+    except CheckpointError:
+        check_rest(choice, {}, None)  # what was wrong may be damage
+        raise
+    ranges = _ranges(engine, choice)
+    staged = _stage(choice, plan, ranges) if choice.unchecked else None
     if flat is not None:
         flat.settle_weights()
     with contextlib.ExitStack() as undo:  # what a failure on any rank takes back
@@ -126,7 +149,7 @@ def _load_from(engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadW
         together(lambda: _load_module(engine, opened, what, names, plan, undo))
         undo.pop_all()
     if plan is not None and flat is not None:
-        together(lambda: optimizer_loading.load_planned(flat, plan))
+        together(lambda: optimizer_loading.load_planned(flat, plan, staged, ranges))
         _agree_on_weights(engine, opened, plan)
         flat.mended()
     if engine._offload is not None:
@@ -137,6 +160,50 @@ def _load_from(engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadW
     client_state = {key: value for key, value in opened.state.items() if key not in OWN_KEYS}
     # Clones, since the tensors are views of a file that may be removed.
     return opened, clone_tensors_for_torch_save(client_state)
+
+
+def _prepare(
+    engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadWhat
+) -> tuple[_Opened, ModelNames, LoadPlan | None]:
+    """Opens a folder and finds all that can be wrong, but for damage. Changes nothing; collective."""
+    opened = together(lambda: _open(engine, folder, what))
+    require_same(f"{tag_of(folder)} of {opened.state.get('global_steps')} steps", load_dir)
+    flat, reader = engine._flat, opened.reader
+    together(lambda: _check_module(engine, opened, what))
+    names = _model_names(engine, opened)
+    plan = None
+    if reader is not None and flat is not None:
+        plan = together(lambda: optimizer_loading.plan_load(flat, reader, names, what.strict))
+    _tell(folder, [*_notes_on_module(engine, opened, what), *(plan.notes if plan is not None else ())])
+    return opened, names, plan
+
+
+def _ranges(engine: DeepSpeedEngine, choice: Choice) -> Ranges | None:
+    """Reads optimizer files past the page cache; None where it is not known what was written."""
+    if choice.manifest is None:
+        return None
+    sums = {name: known for name, known in choice.manifest.files.items() if is_optim_states(name)}
+    return Ranges(choice.folder, sums, verify=engine._config.document.checkpoint.verify_checksums)
+
+
+def _stage(choice: Choice, plan: LoadPlan | None, ranges: Ranges | None) -> list[Staged] | None:
+    """Reads what the plan wants, and checks all that was not checked before. Collective.
+
+    Raises:
+        DamagedError: a file is not what was written; nothing was changed.
+    """
+
+    def read() -> tuple[list[Staged] | None, str | None]:
+        if plan is None or ranges is None:
+            return None, None
+        try:
+            return optimizer_loading.stage_planned(plan, ranges), None
+        except CheckpointError as error:
+            return None, str(error)
+
+    staged, problem = together(read)
+    check_rest(choice, ranges.checked if ranges is not None and problem is None else {}, problem)
+    return staged
 
 
 def _tell(folder: Path, notes: list[str]) -> None:

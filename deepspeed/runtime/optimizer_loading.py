@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
+from deepspeed._core.bars import bytes_bar
+from deepspeed._core.ckpt.blockreader import Ranges
 from deepspeed._core.ckpt.compare import differences, listed
 from deepspeed._core.ckpt.reader import MASTER, ZeroGroup, ZeroReader
 from deepspeed._core.layout.spans import ShardLayout, Span
-from deepspeed._core.pages import zeros_flat
+from deepspeed._core.pages import empty_flat
 from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed._core.step.template import state_template
 from deepspeed._core.store import Tile
@@ -26,7 +28,16 @@ from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.utils.logging import warning_once
 
-__all__ = ["LoadPlan", "ModelNames", "follow_weights", "load_planned", "plan_load", "saved_groups"]
+__all__ = [
+    "LoadPlan",
+    "ModelNames",
+    "Staged",
+    "follow_weights",
+    "load_planned",
+    "plan_load",
+    "saved_groups",
+    "stage_planned",
+]
 
 # Group entries that come with the class (in torch, Adam and AdamW differ in the last only): the running program's stay.
 _IMPLEMENTATION_KEYS = {"params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
@@ -298,16 +309,62 @@ def _state_template(flat: FlatOptimizer, group_index: int, saved: dict[str, Any]
 # -- the copies --------------------------------------------------------------------------------------------------------
 
 
-def load_planned(flat: FlatOptimizer, plan: LoadPlan) -> None:
+Copy = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Values that were read for a target, in memory of their own; ``state`` is what the optimizer gets with them."""
+
+    target: _Target
+    values: torch.Tensor
+    state: dict[str, Any]
+
+
+def stage_planned(plan: LoadPlan, ranges: Ranges) -> list[Staged]:
+    """Reads masters and optimizer state, and changes nothing. Not collective.
+
+    Takes as much memory as the state itself and the masters; :func:`load_planned` gives that of the masters back.
+
+    Raises:
+        CheckpointError: the files are not what was written.
+    """
+    staged = []
+    for target in plan.targets:
+        values = empty_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
+        staged.append(Staged(target, values, _read(plan, target, values, ranges.copy)))
+    _run(plan, ranges)
+    return staged
+
+
+def _run(plan: LoadPlan, ranges: Ranges) -> None:
+    with bytes_bar(ranges.nbytes, f"loading {plan.reader.tag_dir.name}") as progress:
+        ranges.run(progress)
+
+
+def load_planned(flat: FlatOptimizer, plan: LoadPlan, staged: list[Staged] | None, ranges: Ranges | None) -> None:
     """Fills masters, optimizer state, group options and scaler from the files; reads this rank's ranges only.
 
     Takes no memory but that of the state itself. Not collective; the weights on other ranks follow with
     ``publish_weights``.
+
+    Args:
+        flat: its states change.
+        plan: what to take.
+        staged: values that were read before; they are used up.
+        ranges: how to read the others; None copies them from mapped files, one by one.
     """
     flat.unfinished("loading a checkpoint did not end")
-    for target in plan.targets:
-        with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
-            _load_target(flat, plan, target)
+    while staged:
+        read = staged.pop()
+        master = read.target.tensor.detach().view(-1)
+        for layout in read.target.parts.values():
+            for span in layout.spans:
+                master[span.offset : span.offset_stop].copy_(read.values[span.offset : span.offset_stop])
+        _clear(flat, plan, read.target)
+        _put(flat, read.target, read.state)
+    if staged is None:
+        _load_in_place(flat, plan, ranges)
     for live, source in zip(flat.param_groups, plan.groups, strict=True):
         # Into the live dicts, which clients and schedulers hold.
         options = _options_of(plan.reader.groups[source]) if source is not None else {}
@@ -316,28 +373,46 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan) -> None:
     flat.overflow = False
 
 
-def _load_target(flat: FlatOptimizer, plan: LoadPlan, target: _Target) -> None:
-    reader, template = plan.reader, plan.templates[target.group]
-    values = target.tensor.detach().view(-1)
-    for layout in target.parts.values():
-        reader.fill(None, MASTER, layout, 0, values)
-    if target.main is None:
-        if template is not None:  # without one, the optimizer may rely on the state that its constructor made
-            flat.optimizer.state.pop(target.tensor, None)
-        return
-    # Before the new state is made, so that both are never there together.
+def _load_in_place(flat: FlatOptimizer, plan: LoadPlan, ranges: Ranges | None) -> None:
+    in_memory = flat.stage == 0 or all(map(flat.states.in_memory, flat.buckets))
+    copy = ranges.copy if ranges is not None and in_memory else torch.Tensor.copy_
+    for target in plan.targets:
+        with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
+            # Before the new state is made, so that both are never there together.
+            _clear(flat, plan, target)
+            _put(flat, target, _read(plan, target, target.tensor.detach().view(-1), copy))
+    if ranges is not None:
+        _run(plan, ranges)
+
+
+def _clear(flat: FlatOptimizer, plan: LoadPlan, target: _Target) -> None:
+    if target.main is None and plan.templates[target.group] is None:
+        return  # the optimizer may rely on the state that its constructor made
     flat.optimizer.state.pop(target.tensor, None)
+
+
+def _put(flat: FlatOptimizer, target: _Target, state: dict[str, Any]) -> None:
+    if state:
+        flat.optimizer.state[target.tensor] = state
+
+
+def _read(plan: LoadPlan, target: _Target, values: torch.Tensor, copy: Copy) -> dict[str, Any]:
+    """Fills ``values``, the flat master, and returns the optimizer's state of it, by ``copy``."""
+    reader, template = plan.reader, plan.templates[target.group]
+    for layout in target.parts.values():
+        reader.fill(None, MASTER, layout, 0, values, copy)
+    if target.main is None:
+        return {}
     saved = reader.groups[target.main]
-    whole = reader.whole_state(target.name) if flat.stage == 0 else None
+    whole = reader.whole_state(target.name) if target.tile is None else None
     if whole is not None:
         # Views of the file, and of any shape.
         scalars = {key: value for key, value in whole.items() if not _elementwise(value)}
         tensors = {k: v.to(target.tensor.device, copy=True) for k, v in whole.items() if _elementwise(v)}
     else:
         scalars = dict(saved.state_scalars)
-        tensors = {key: _state_tensor(reader, target, key, template) for key in _keys(reader, target, saved)}
-    if scalars or tensors:
-        flat.optimizer.state[target.tensor] = _like(template, tensors, scalars, saved, target.tensor)
+        tensors = {key: _state_tensor(reader, target, key, template, copy) for key in _keys(reader, target, saved)}
+    return _like(template, tensors, scalars, saved, target.tensor) if scalars or tensors else {}
 
 
 def _keys(reader: ZeroReader, target: _Target, saved: ZeroGroup) -> list[str]:
@@ -345,17 +420,23 @@ def _keys(reader: ZeroReader, target: _Target, saved: ZeroGroup) -> list[str]:
     return sorted({*saved.state_keys, *(key for index in target.parts for key in reader.groups[index].state_keys)})
 
 
-def _state_tensor(reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None) -> torch.Tensor:
-    flat = zeros_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
-    state = flat.view(target.tensor.shape)
-    for index, layout in target.parts.items():
-        if key in reader.groups[index].state_keys:
-            reader.fill(None, key, layout, 0, flat)
+def _state_tensor(
+    reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None, copy: Copy
+) -> torch.Tensor:
+    flat = empty_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
+    parts = [part for index, part in target.parts.items() if key in reader.groups[index].state_keys]
+    end = 0
+    for span in sorted((s for part in parts for s in part.spans), key=lambda span: span.offset):
+        flat[end : span.offset].zero_()  # padding, and what the files lack
+        end = max(end, span.offset_stop)
+    flat[end:].zero_()
+    for part in parts:
+        reader.fill(None, key, part, 0, flat, copy)
     start = (template or {}).get(key)
     if _elementwise(start):
         for begin, numel in target.fresh:
             flat[begin : begin + numel].fill_(float(start.view(-1)[0]))  # type: ignore[union-attr]
-    return state
+    return flat.view(target.tensor.shape)
 
 
 def _like(

@@ -17,7 +17,7 @@ import torch.distributed
 from deepspeed._core.ckpt import groups
 
 _OF_FILES = ("open", "pwrite", "fsync", "ftruncate", "close", "chmod", "mkdir", "rename", "replace", "unlink", "rmdir")
-_OF_RANKS = ("all_gather_values", "all_to_all")
+_OF_RANKS = ("all_gather_values", "exchange")
 
 FOREVER = 1 << 30
 

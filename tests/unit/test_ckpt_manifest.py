@@ -120,7 +120,7 @@ def test_parts_of_the_content_are_read_by_exactly_one(sizes: list[int], parts: i
         patch.setattr(
             manifest_module,
             "check_blocks",
-            lambda path, known, blocks, progress: read.extend((path.name, b) for b in blocks),
+            lambda path, known, blocks, progress, reader: read.extend((path.name, b) for b in blocks),
         )
         for part in range(parts):
             before = len(read)

@@ -8,12 +8,10 @@ aligned buffers straight to the disk (``O_DIRECT``) where the file system takes 
 from __future__ import annotations
 
 import errno
-import io
 import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +24,10 @@ import numpy.typing as npt
 from deepspeed._core.ckpt.checksum import crc32
 from deepspeed.errors import CheckpointError
 
-__all__ = ["BLOCK_NBYTES", "BlockFile", "FileSum", "check_blocks"]
+__all__ = ["BLOCK_NBYTES", "BlockFile", "FileSum", "check_size"]
 
-BLOCK_NBYTES = 64 << 20
-"""Bytes that one checksum covers: few numbers a file, and parts of a file can be checked by different ranks."""
+BLOCK_NBYTES = 16 << 20
+"""Bytes that one checksum covers: few numbers a file, and little more to read for those who want a part of it."""
 
 _BUFFER_NBYTES = 8 << 20
 _Bytes = npt.NDArray[np.uint8]
@@ -51,7 +49,7 @@ class BlockFile:
 
     Args:
         path: must not exist.
-        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 64 MiB.
+        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 16 MiB.
         buffers: number of buffers, at least 1; with two, filling one and writing the other overlap.
     """
 
@@ -191,51 +189,6 @@ def _create(path: str | os.PathLike[str]) -> tuple[int, bool]:
     with suppress(FileNotFoundError):
         os.unlink(path)
     return os.open(path, flags, 0o666), False
-
-
-def check_blocks(
-    path: str | os.PathLike[str],
-    known: FileSum,
-    blocks: range | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Reads blocks of a file (all by default) and compares their checksums; tells ``progress`` how many bytes it read.
-
-    Raises:
-        CheckpointError: the file is missing, has another size, or a block has other content.
-    """
-    path = Path(path)
-    check_size(path, known)
-    try:
-        with path.open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(min(_BUFFER_NBYTES, known.nbytes)))
-            for block in range(len(known.crc32)) if blocks is None else blocks:
-                begin, end = block * known.block_nbytes, min((block + 1) * known.block_nbytes, known.nbytes)
-                if _crc32(file, begin, end, buffer) != known.crc32[block]:
-                    raise CheckpointError(
-                        f"{path} is damaged: its bytes {begin} to {end} are not those that were written (the checksum "
-                        "differs). Copy the file again, or load another tag"
-                    )
-                if progress is not None:
-                    progress(end - begin)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Copy the file again, or load another tag") from error
-
-
-def _crc32(file: io.FileIO, begin: int, end: int, buffer: memoryview) -> int | None:
-    """Of some bytes of a file; None if it ends before."""
-    if hasattr(os, "posix_fadvise"):
-        # The disk reads this block and the beginning of the next while checksums are computed.
-        os.posix_fadvise(file.fileno(), begin, end - begin + _BUFFER_NBYTES, os.POSIX_FADV_WILLNEED)
-    file.seek(begin)
-    crc = 0
-    while begin < end:
-        count = file.readinto(buffer[: min(len(buffer), end - begin)])
-        if not count:
-            return None
-        crc = crc32(buffer[:count], crc)
-        begin += count
-    return crc
 
 
 def check_size(path: Path, known: FileSum) -> None:

@@ -13,33 +13,24 @@ from typing import Any
 import torch
 import torch.distributed
 
-__all__ = ["all_gather_values", "all_to_all"]
+__all__ = ["all_gather_values", "exchange"]
 
 _TAG = 0
 
 
-def all_to_all(
-    received: torch.Tensor,
-    sent: torch.Tensor,
-    received_numels: Sequence[int],
-    sent_numels: Sequence[int],
+def exchange(
+    arriving: Sequence[tuple[int, torch.Tensor]],
+    leaving: Sequence[tuple[int, torch.Tensor]],
     group: torch.distributed.ProcessGroup,
-) -> None:
-    """Consecutive pieces of ``sent`` to the ranks of the group, those of all ranks into ``received``; 1-D on the CPU.
+) -> list[torch.distributed.Work]:
+    """Begins to fill tensors from other ranks of the group, and to send them theirs; what to wait for.
 
-    Ranks send nothing to themselves. Message by message: gloo's own collective took a third longer in saves, see the note in
+    Each tensor is 1-D on the CPU, with the other's rank before it; between two ranks, they are sent in the order in which
+    they are awaited. Message by message: gloo's own collective took a third longer in saves, see the note in
     ``_core/reduce/transport.py``.
     """
-    incoming = [
-        group.recv([piece], rank, _TAG)
-        for rank, piece in enumerate(received.split(list(received_numels)))
-        if piece.numel()
-    ]
-    outgoing = [
-        group.send([piece], rank, _TAG) for rank, piece in enumerate(sent.split(list(sent_numels))) if piece.numel()
-    ]
-    for work in (*incoming, *outgoing):
-        work.wait()
+    incoming = [group.recv([piece], rank, _TAG) for rank, piece in arriving]
+    return [*incoming, *(group.send([piece], rank, _TAG) for rank, piece in leaving)]
 
 
 def all_gather_values(value: Any, group: torch.distributed.ProcessGroup) -> list[Any]:

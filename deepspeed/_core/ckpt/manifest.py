@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepspeed._core.ckpt.blockfile import BLOCK_NBYTES, FileSum, check_blocks, check_size
+from deepspeed._core.ckpt.blockfile import BLOCK_NBYTES, FileSum, check_size
+from deepspeed._core.ckpt.blockreader import FileReader, check_blocks
 from deepspeed._core.ckpt.io import atomic_write_text
 from deepspeed.errors import CheckpointError
 
@@ -63,25 +64,36 @@ class Manifest:
             check_size(folder / name, known)
 
     def check_content(
-        self, folder: Path, part: int = 0, parts: int = 1, progress: Callable[[int], object] | None = None
+        self,
+        folder: Path,
+        part: int = 0,
+        parts: int = 1,
+        progress: Callable[[int], object] | None = None,
+        blocks: Sequence[tuple[str, int]] | None = None,
     ) -> None:
-        """Reads one of ``parts`` equal parts of all bytes, and compares checksums; tells ``progress`` what it has read.
+        """Reads one of ``parts`` equal parts of ``blocks`` (a file's name and an index; all by default).
+
+        Compares checksums, and tells ``progress`` how many bytes it has read.
 
         Raises:
             CheckpointError: names the file and the damaged bytes.
         """
-        blocks = [(name, block) for name, known in self.files.items() for block in range(len(known.crc32))]
+        blocks = self.blocks() if blocks is None else blocks
         low, high = len(blocks) * part // parts, len(blocks) * (part + 1) // parts
-        for name, run in _runs(blocks[low:high]):
-            check_blocks(folder / name, self.files[name], run, progress)
+        with FileReader() as reader:
+            for name, run in _runs(blocks[low:high]):
+                check_blocks(folder / name, self.files[name], run, progress, reader)
+
+    def blocks(self) -> list[tuple[str, int]]:
+        """All blocks that have a checksum: name of the file, and index."""
+        return [(name, block) for name, known in self.files.items() for block in range(len(known.crc32))]
 
 
-def _runs(blocks: Iterable[tuple[str, int]]) -> Iterable[tuple[str, range]]:
-    """Neighbouring blocks of a file together."""
-    found: dict[str, range] = {}
+def _runs(blocks: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[int]]]:
+    """The blocks of each file together."""
+    found: dict[str, list[int]] = {}
     for name, block in blocks:
-        run = found.get(name)
-        found[name] = range(block, block + 1) if run is None else range(run.start, block + 1)
+        found.setdefault(name, []).append(block)
     return found.items()
 
 

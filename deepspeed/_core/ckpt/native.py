@@ -28,6 +28,7 @@ __all__ = [
     "RNG",
     "check_format",
     "find_tag_dir",
+    "is_optim_states",
     "model_states_name",
     "model_states_path",
     "optim_states_name",
@@ -157,6 +158,11 @@ def optim_states_paths(tag_dir: StrPath, mp_rank: int = 0) -> dict[int, Path]:
             )
         found[rank] = path
     return dict(sorted(found.items()))
+
+
+def is_optim_states(name: str) -> bool:
+    """Whether a file of this name holds a partition of optimizer state."""
+    return _OPTIM_STATES.fullmatch(name) is not None
 
 
 def read_zero_group_shapes(model_state: Mapping[str, Any]) -> list[dict[str, tuple[int, ...]]] | None:

@@ -9,7 +9,7 @@ files are memory-mapped, so that only the ranges asked for are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,15 @@ class ZeroReader:
         """The optimizer's state of one parameter as it is in a stage 0 file, of any shapes; None in other folders."""
         raise NotImplementedError
 
-    def fill(self, group: int | None, key: str, layout: ShardLayout, rank: int, out: torch.Tensor) -> None:
+    def fill(
+        self,
+        group: int | None,
+        key: str,
+        layout: ShardLayout,
+        rank: int,
+        out: torch.Tensor,
+        copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
+    ) -> None:
         """Copy a rank's part of masters or optimizer state into its flat buffer.
 
         Args:
@@ -102,6 +110,7 @@ class ZeroReader:
             rank: the destination rank.
             out: 1-D, at least ``layout.buffer_numels[rank]`` elements, any dtype and device (values are cast).
                 Padding is left as it is. State that the files lack for single parameters (never stepped) becomes zero.
+            copy: copies to a part of ``out`` from a part of a mapped file; may do so later, see ``Ranges``.
 
         Raises:
             CheckpointError: a wanted name, key or range is not in the files. ``out`` is untouched then.
@@ -121,13 +130,13 @@ class ZeroReader:
             moves.append((source, copies))
         with torch.no_grad():
             for source, copies in moves:
-                for copy in copies:
-                    target = out[copy.dst_offset : copy.dst_offset + copy.numel]
-                    held = source.buffers[copy.src_rank].get(key)
+                for move in copies:
+                    target = out[move.dst_offset : move.dst_offset + move.numel]
+                    held = source.buffers[move.src_rank].get(key)
                     if held is None:
                         target.zero_()
                     else:
-                        target.copy_(held[copy.src_offset : copy.src_offset + copy.numel])
+                        copy(target, held[move.src_offset : move.src_offset + move.numel])
 
     def _plan_for(self, group: int | None, layout: ShardLayout, rank: int) -> list[tuple[int, list[Copy]]]:
         """Copies by file group. Plans are kept: masters and each state are filled by the same one."""

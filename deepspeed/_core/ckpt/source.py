@@ -8,6 +8,7 @@ HPDC 2024, "lazy non-blocking copies".)
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -222,51 +223,69 @@ class Exchanged(Source):
 
     def write(self, use: Callable[[torch.Tensor], None]) -> None:
         """See :meth:`Source.write`. Collective over the group."""
-        size, world = self._wanted.buffer_numels[self._rank], self._wanted.world_size
+        size = self._wanted.buffer_numels[self._rank]
         tile = _TILE_NBYTES // self.dtype.itemsize
-        sending = [_Windows(copies) for copies in self._outgoing]
-        receiving = [_Windows(copies) for copies in self._incoming]
-        rooms = _Rooms(self.dtype)
-        for begin in range(0, size, tile):
-            end = min(begin + tile, size)
-            outgoing = [list(windows.until(end)) for windows in sending]
-            incoming = [list(windows.until(end)) for windows in receiving]
-            out = rooms.take("out", end - begin).zero_()
-            for copy in outgoing[self._rank]:  # stays here
-                self._read(copy.src_offset, out[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel])
-            outgoing[self._rank], incoming[self._rank] = [], []
-            if self._group is not None:
-                received = self._swap(outgoing, incoming, self._group, rooms)
-                at = 0
-                for copy in (copy for rank in range(world) for copy in incoming[rank]):
-                    out[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel] = received[at : at + copy.numel]
-                    at += copy.numel
-            if begin < self.numel:
-                use(out[: self.numel - begin])
+        windows = [_Windows(copies) for copies in self._outgoing], [_Windows(copies) for copies in self._incoming]
+        # One tile is on its way while the one before is used; rooms are used again, since fresh memory costs more than
+        # what is done with it.
+        rooms = itertools.cycle([_Rooms(self.dtype), _Rooms(self.dtype)])
+        coming: _Tile | None = None
+        try:
+            for begin in range(0, size, tile):
+                ready, coming = coming, self._begin(begin, min(begin + tile, size), windows, next(rooms))
+                if ready is not None:
+                    self._use(ready, use)
+            if coming is not None:
+                ready, coming = coming, None
+                self._use(ready, use)
+        finally:
+            if coming is not None:  # it goes on in memory that must not go
+                coming.wait()
         for part in self._parts:
             part.drop(part.numel)
 
-    def _swap(
-        self,
-        outgoing: Sequence[Sequence[Copy]],
-        incoming: Sequence[Sequence[Copy]],
-        group: torch.distributed.ProcessGroup,
-        rooms: _Rooms,
-    ) -> torch.Tensor:
-        sent = rooms.take("sent", sum(c.numel for copies in outgoing for c in copies))
+    def _use(self, tile: _Tile, use: Callable[[torch.Tensor], None]) -> None:
+        tile.wait()
+        if tile.begin < self.numel:
+            use(tile.values[: self.numel - tile.begin])
+
+    def _begin(self, begin: int, end: int, windows: tuple[list[_Windows], list[_Windows]], rooms: _Rooms) -> _Tile:
+        """Begins to exchange the elements from ``begin`` to ``end`` of every rank's buffer."""
+        outgoing, incoming = ([list(one.until(end)) for one in direction] for direction in windows)
+        own, outgoing[self._rank], incoming[self._rank] = outgoing[self._rank], [], []
+        values = rooms.take("values", end - begin)
+        works: list[torch.distributed.Work] = []
+        if self._group is not None:
+            # Neighbouring elements in one message, straight to their place.
+            arriving = [
+                (rank, values[low - begin : high - begin])
+                for rank, copies in enumerate(incoming)
+                for low, high in _runs(copies)
+            ]
+            works = groups.exchange(arriving, self._packed(outgoing, rooms), self._group)
+        for copy in own:  # stays here
+            self._read(copy.src_offset, values[copy.dst_offset - begin : copy.dst_offset - begin + copy.numel])
+        filled = begin
+        for low, high in sorted(stretch for copies in (own, *incoming) for stretch in _runs(copies)):
+            values[filled - begin : low - begin].zero_()  # padding
+            filled = high
+        values[filled - begin :].zero_()
+        return _Tile(begin, values, works)
+
+    def _packed(self, outgoing: Sequence[Sequence[Copy]], rooms: _Rooms) -> list[tuple[int, torch.Tensor]]:
+        """Copies of what goes to other ranks, in the pieces that they expect: what training changes must not go out."""
+        room = rooms.take("sent", sum(c.numel for copies in outgoing for c in copies))
+        pieces = []
         at = 0
-        for copy in (copy for copies in outgoing for copy in copies):
-            self._read(copy.src_offset, sent[at : at + copy.numel])
-            at += copy.numel
-        received = rooms.take("received", sum(c.numel for copies in incoming for c in copies))
-        groups.all_to_all(
-            received,
-            sent,
-            [sum(c.numel for c in copies) for copies in incoming],
-            [sum(c.numel for c in copies) for copies in outgoing],
-            group,
-        )
-        return received
+        for rank, copies in enumerate(outgoing):
+            begin = at
+            for copy in copies:
+                self._read(copy.src_offset, room[at : at + copy.numel])
+                at += copy.numel
+            for low, high in _runs(copies):
+                pieces.append((rank, room[begin : begin + high - low]))
+                begin += high - low
+        return pieces
 
     def _read(self, offset: int, out: torch.Tensor) -> None:
         """Elements of this rank's buffer, across its parts."""
@@ -283,8 +302,32 @@ class Exchanged(Source):
             part.freeze()
 
 
+class _Tile:
+    """Elements of this rank's buffer from ``begin`` on, which are there after :meth:`wait`."""
+
+    def __init__(self, begin: int, values: torch.Tensor, works: Sequence[torch.distributed.Work]) -> None:
+        self.begin, self.values, self._works = begin, values, works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _runs(copies: Sequence[Copy]) -> Iterator[tuple[int, int]]:
+    """Where copies, in the order of their destination, adjoin there: first and end of each stretch."""
+    begin = end = 0
+    for copy in copies:
+        if copy.dst_offset != end:
+            if begin < end:
+                yield begin, end
+            begin = copy.dst_offset
+        end = copy.dst_offset + copy.numel
+    if begin < end:
+        yield begin, end
+
+
 class _Rooms:
-    """Buffers by name that are used again: fresh memory costs more than what is done with it."""
+    """Buffers by name."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

@@ -1,0 +1,266 @@
+"""Checkpoint files read front to back past the page cache: checked on the way, and copied to where they are wanted.
+
+[Note: past the page cache] Through the page cache, or a mapping, every byte takes a page of fresh memory that nobody uses
+again. So parts of files go by direct I/O into a few buffers that are used over and over, where checksums are compared and
+from where ranges are copied into the tensors; the next parts are read meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deepspeed._core.aio import DataFile, FileIO, aligned_empty
+from deepspeed._core.aio.engine import Transfer
+from deepspeed._core.aio.memory import PAGE_NBYTES
+from deepspeed._core.ckpt.blockfile import FileSum, check_size
+from deepspeed._core.ckpt.checksum import crc32
+from deepspeed.errors import CheckpointError
+
+__all__ = ["FileReader", "Ranges", "check_blocks"]
+
+_PART_NBYTES = 8 << 20
+_AHEAD = 2
+
+Progress = Callable[[int], object]
+
+
+class _Read(NamedTuple):
+    """Bytes ``begin`` to ``end`` on their way into ``room``."""
+
+    begin: int
+    end: int
+    room: torch.Tensor
+    transfer: Transfer
+
+
+class FileReader:
+    """Reads parts of files in the order they are asked for, some of them ahead. Use as a context."""
+
+    def __init__(self) -> None:
+        self._io = FileIO()
+        self._free = [aligned_empty(_PART_NBYTES) for _ in range(_AHEAD + 1)]
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._io.close()
+
+    def parts(self, path: Path, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Gives ``(begin, end, bytes)`` for each span of at most 8 MiB; the bytes are there until the next one is taken.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends before.
+        """
+        coming = iter(spans)
+        under_way: deque[_Read] = deque()
+
+        def read_ahead(file: DataFile) -> bool:
+            while len(under_way) < _AHEAD and (span := next(coming, None)) is not None:
+                room = self._free.pop()
+                under_way.append(_Read(*span, room, self._io.read(room[: span[1] - span[0]], file, span[0])))
+            return bool(under_way)
+
+        try:
+            with DataFile(path) as file:
+                try:
+                    while read_ahead(file):
+                        under_way[0].transfer.wait()
+                        begin, end, room, _ = under_way.popleft()
+                        try:
+                            read_ahead(file)
+                            yield begin, end, room[: end - begin]
+                        finally:
+                            self._free.append(room)
+                finally:
+                    self._settle(under_way)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Copy the file again, or load another tag"
+            ) from error
+
+    def _settle(self, under_way: Iterable[_Read]) -> None:
+        """Waits for reads that nobody wants any more."""
+        for read in under_way:
+            with suppress(OSError):  # the first error is the one to tell
+                read.transfer.wait()
+            self._free.append(read.room)
+
+
+def _checked(
+    reader: FileReader, path: Path, known: FileSum, blocks: Iterable[int]
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """All parts of some blocks; raises ``CheckpointError`` after the last part of a block that is not what was written."""
+    size = known.block_nbytes
+    bounds = [(block * size, min((block + 1) * size, known.nbytes)) for block in blocks]
+    spans = [(at, min(at + _PART_NBYTES, end)) for begin, end in bounds for at in range(begin, end, _PART_NBYTES)]
+    found = 0
+    for begin, end, data in reader.parts(path, spans):
+        found = crc32(data.numpy(), found if begin % size else 0)
+        yield begin, end, data
+        block = begin // size
+        block_end = min((block + 1) * size, known.nbytes)
+        if end == block_end and found != known.crc32[block]:
+            raise CheckpointError(
+                f"{path} is damaged: its bytes {block * size} to {block_end} are not those that were written (the checksum "
+                "differs). Copy the file again, or load another tag"
+            )
+
+
+def check_blocks(
+    path: str | os.PathLike[str],
+    known: FileSum,
+    blocks: Iterable[int] | None = None,
+    progress: Progress | None = None,
+    reader: FileReader | None = None,
+) -> None:
+    """Reads blocks of a file (all by default) and compares their checksums; tells ``progress`` how many bytes it read.
+
+    Raises:
+        CheckpointError: the file is missing, has another size, or a block has other content.
+    """
+    path = Path(path)
+    check_size(path, known)
+    if reader is None:
+        with FileReader() as own:
+            check_blocks(path, known, blocks, progress, own)
+        return
+    for begin, end, _ in _checked(reader, path, known, range(len(known.crc32)) if blocks is None else blocks):
+        if progress is not None:
+            progress(end - begin)
+
+
+@dataclass
+class _Wanted:
+    """Bytes ``begin`` to ``end`` of a file, as the elements of ``target``, which is 1-D; their dtype in the file."""
+
+    begin: int
+    end: int
+    target: torch.Tensor
+    dtype: torch.dtype
+
+
+class Ranges:
+    """Copies of ranges of a folder's files, collected first, then made in the order of the files.
+
+    Args:
+        folder: where the files are.
+        sums: the files to read past the page cache, by name; what belongs to others, or to no file, is copied at once.
+        verify: compare the checksums of the blocks that are touched. Without, less is read at the edges.
+
+    Attributes:
+        checked: blocks whose checksum was compared, by name of the file.
+    """
+
+    def __init__(self, folder: Path, sums: Mapping[str, FileSum], *, verify: bool) -> None:
+        self._folder, self._sums, self._verify = folder, sums, verify
+        self._wanted: dict[str, list[_Wanted]] = {}
+        self.checked: dict[str, list[int]] = {}
+
+    def copy(self, target: torch.Tensor, held: torch.Tensor) -> None:
+        """``target.copy_(held)``, when :meth:`run` comes to it. Both 1-D; ``held`` is a part of a mapped file."""
+        place = self._place(held)
+        if place is None:
+            target.copy_(held)
+        elif held.numel():
+            name, begin = place
+            end = begin + held.numel() * held.element_size()
+            self._wanted.setdefault(name, []).append(_Wanted(begin, end, target, held.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """How many are to be copied."""
+        return sum(wanted.end - wanted.begin for found in self._wanted.values() for wanted in found)
+
+    def run(self, progress: Progress) -> None:
+        """Makes the copies, and tells ``progress`` what it has copied.
+
+        Raises:
+            CheckpointError: a file is damaged or cannot be read; some targets have been written to then.
+        """
+        if not self._wanted:
+            return
+        with FileReader() as reader, torch.no_grad():
+            for name, wanted in self._wanted.items():
+                wanted.sort(key=lambda one: one.begin)
+                path, known = self._folder / name, self._sums[name]
+                if self._verify:
+                    blocks = sorted({b for w in wanted for b in _blocks(w, known.block_nbytes)})
+                    parts = _checked(reader, path, known, blocks)
+                    self.checked[name] = blocks
+                else:
+                    parts = reader.parts(path, _spans(wanted, known.nbytes))
+                _hand_out(parts, wanted, progress)
+        self._wanted.clear()
+
+    @functools.cached_property
+    def _mapped(self) -> list[tuple[int, int, int, str]]:
+        """Where the files are mapped when the first copy is asked for; see :func:`_mapped_files`."""
+        return _mapped_files({os.path.realpath(self._folder / name): name for name in self._sums})
+
+    def _place(self, held: torch.Tensor) -> tuple[str, int] | None:
+        """File and byte where a mapped tensor's elements begin."""
+        if not held.is_contiguous() or held.device.type != "cpu":
+            return None
+        address = held.data_ptr()
+        for begin, end, offset, name in self._mapped:
+            if begin <= address < end:
+                at = address - begin + offset
+                return (name, at) if at % held.element_size() == 0 else None
+        return None
+
+
+def _blocks(wanted: _Wanted, size: int) -> range:
+    return range(wanted.begin // size, -(-wanted.end // size))
+
+
+def _spans(wanted: list[_Wanted], nbytes: int) -> Iterator[tuple[int, int]]:
+    """Parts of a file of ``nbytes`` bytes that cover what is wanted, which is in order; none twice."""
+    done = 0
+    for one in wanted:
+        at = max(one.begin // PAGE_NBYTES * PAGE_NBYTES, done)
+        end = min(-(-one.end // PAGE_NBYTES) * PAGE_NBYTES, nbytes)
+        while at < end:
+            done = min(at + _PART_NBYTES, end)
+            yield at, done
+            at = done
+
+
+def _hand_out(parts: Iterable[tuple[int, int, torch.Tensor]], wanted: list[_Wanted], progress: Progress) -> None:
+    """Copies what is wanted from the parts; both are in the order of the file."""
+    coming, active = deque(wanted), list[_Wanted]()
+    for begin, end, data in parts:
+        while coming and coming[0].begin < end:
+            active.append(coming.popleft())
+        for one in active:
+            low, high = max(one.begin, begin), min(one.end, end)
+            if low < high:
+                size = one.dtype.itemsize
+                values = data[low - begin : high - begin].view(one.dtype)
+                one.target[(low - one.begin) // size : (high - one.begin) // size].copy_(values)
+                progress(high - low)
+        active = [one for one in active if one.end > end]
+
+
+def _mapped_files(names: Mapping[str, str]) -> list[tuple[int, int, int, str]]:
+    """``(first address, end, offset in the file, name)`` where this process has files mapped; ``names`` by real path."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux: everything is copied from the mappings
+        return []
+    found = []
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] in names:
+            begin, end = (int(text, 16) for text in fields[0].split("-"))
+            found.append((begin, end, int(fields[2], 16), names[fields[5]]))
+    return found

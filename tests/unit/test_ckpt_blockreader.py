@@ -1,0 +1,163 @@
+"""Files read past the page cache: every part once, in order, checked; ranges of them end up where they are wanted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepspeed._core.ckpt import blockreader
+from deepspeed._core.ckpt.blockfile import FileSum
+from deepspeed._core.ckpt.blockreader import FileReader, Ranges
+from deepspeed._core.ckpt.checksum import crc32
+from deepspeed._core.ckpt.io import load_file
+from deepspeed.errors import CheckpointError
+
+BLOCK, PART = 16 << 10, 4 << 10
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_parts() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockreader, "_PART_NBYTES", PART)
+        yield
+
+
+def sums(path: Path) -> FileSum:
+    content = path.read_bytes()
+    blocks = range(0, len(content), BLOCK)
+    return FileSum(len(content), tuple(crc32(content[at : at + BLOCK]) for at in blocks), BLOCK)
+
+
+def saved(folder: Path, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    held = {
+        "a": torch.randn(9001, generator=generator),
+        "b": torch.randint(-100, 100, (333,), dtype=torch.int16, generator=generator),
+        "c": torch.randn(20_000, generator=generator).to(torch.bfloat16),
+        "d": torch.randn(3, dtype=torch.float64, generator=generator),
+    }
+    path = folder / "file.pt"
+    torch.save(held, path)
+    return path, held
+
+
+@given(st.data(), st.booleans())
+@settings(max_examples=60)
+def test_ranges_arrive(data: st.DataObject, verify: bool) -> None:
+    """Of any tensors, in any order, overlapping or not, also as another dtype."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, held = saved(folder)
+        mapped = load_file(path)
+        ranges = Ranges(folder, {path.name: sums(path)}, verify=verify)
+        wanted = []
+        for _ in range(data.draw(st.integers(1, 6))):
+            key = data.draw(st.sampled_from(sorted(held)))
+            begin = data.draw(st.integers(0, held[key].numel()))
+            end = data.draw(st.integers(begin, held[key].numel()))
+            dtype = data.draw(st.sampled_from([held[key].dtype, torch.float64]))
+            target = torch.full((end - begin,), 7, dtype=dtype)
+            ranges.copy(target, mapped[key][begin:end])
+            assert bool((target == 7).all()), "nothing is copied before it is asked for"
+            wanted.append((target, held[key][begin:end]))
+        total = ranges.nbytes
+        told: list[int] = []
+        ranges.run(told.append)
+        for target, source in wanted:
+            assert torch.equal(target, source.to(target.dtype))
+        assert sum(told) == total == sum(source.nbytes for _, source in wanted)
+        assert bool(ranges.checked) == (verify and total > 0)
+
+
+def test_what_is_no_part_of_the_files_is_copied_at_once(tmp_path: Path) -> None:
+    path, held = saved(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    saved(other, seed=1)
+    ranges = Ranges(tmp_path, {path.name: sums(path)}, verify=True)
+    for source in (torch.arange(5.0), load_file(other / "file.pt")["a"], held["a"]):
+        target = torch.zeros_like(source)
+        ranges.copy(target, source)
+        assert torch.equal(target, source)
+    assert not ranges.nbytes
+    ranges.run(lambda count: pytest.fail("nothing was left to read"))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_damage_is_found_where_it_is_read(tmp_path: Path, verify: bool) -> None:
+    path, held = saved(tmp_path)
+    known = sums(path)
+    content = bytearray(path.read_bytes())
+    content[20_000] ^= 1  # in `a`
+    path.write_bytes(content)
+    mapped = load_file(path)
+    ranges = Ranges(tmp_path, {path.name: known}, verify=verify)
+    ranges.copy(torch.zeros(9001), mapped["a"])
+    if not verify:
+        ranges.run(lambda count: None)
+        return
+    with pytest.raises(CheckpointError, match=r"file\.pt is damaged: its bytes 16384 to 32768 are not those"):
+        ranges.run(lambda count: None)
+    elsewhere = Ranges(tmp_path, {path.name: known}, verify=True)
+    target = torch.zeros(20_000 - 10_000, dtype=torch.bfloat16)
+    elsewhere.copy(target, mapped["c"][10_000:])
+    elsewhere.run(lambda count: None)
+    assert torch.equal(target, held["c"][10_000:])
+    assert 1 not in elsewhere.checked["file.pt"]
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    known = sums(path)
+    ranges = Ranges(tmp_path, {path.name: known}, verify=True)
+    target = torch.zeros(9001)
+    ranges.copy(target, load_file(path)["a"])
+    os.truncate(path, 10_000)
+    with pytest.raises(CheckpointError, match=r"file\.pt cannot be read: .*ends there.*Copy the file again"):
+        ranges.run(lambda count: None)
+
+
+def test_only_a_few_parts_are_read_ahead_and_rooms_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(20 * PART))
+    content = path.read_bytes()
+    spans = [(at, at + PART) for at in range(0, len(content), PART)]
+    begun = []
+    with FileReader() as reader:
+        real = reader._io.read
+        monkeypatch.setattr(reader._io, "read", lambda *a: (begun.append(a[2]), real(*a))[1])
+        for index, (begin, end, data) in enumerate(reader.parts(path, spans)):
+            assert data.numpy().tobytes() == content[begin:end]
+            assert len(begun) <= index + 1 + 2
+            if index == 3:
+                break  # whoever stops early
+        found = [data.numpy().tobytes() for _, _, data in reader.parts(path, spans)]
+        assert b"".join(found) == content
+        failing = OSError(errno.EIO, "Input/output error")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.preadv", lambda *a: (_ for _ in ()).throw(failing))
+            with pytest.raises(CheckpointError, match=r"cannot be read.*Input/output error"):
+                list(reader.parts(path, spans))
+        assert len(reader._free) == 3
+        assert b"".join(data.numpy().tobytes() for _, _, data in reader.parts(path, spans)) == content
+
+
+def test_without_the_list_of_mappings_everything_is_copied_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Systems other than Linux."""
+    path, held = saved(tmp_path)
+    known, mapped = sums(path), load_file(path)
+    monkeypatch.setattr(Path, "read_text", lambda self, **kw: (_ for _ in ()).throw(FileNotFoundError(str(self))))
+    ranges = Ranges(tmp_path, {path.name: known}, verify=True)
+    target = torch.zeros(9001)
+    ranges.copy(target, mapped["a"])
+    assert torch.equal(target, held["a"]) and not ranges.nbytes
