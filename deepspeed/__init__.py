@@ -38,6 +38,11 @@ __getattr__, __dir__ = attach(
         "log_dist": "deepspeed.utils.logging:log_dist",
         "logger": "deepspeed.utils.logging:logger",
     },
+    absent={
+        "OnDevice": 'build the model under `with torch.device("meta")` instead',
+        "init_inference": "its inference engine is not in this version; ZeRO-3 without an optimizer runs large models",
+        "tp_model_init": "tensor parallelism is not in this version; unset autotp_size (tensor_parallel.autotp_size)",
+    },
 )
 
 

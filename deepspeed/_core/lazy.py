@@ -28,12 +28,15 @@ def no_collection() -> Iterator[None]:
 
 
 def attach(
-    package: str, submodules: Iterable[str] = (), names: Mapping[str, str] | None = None
+    package: str,
+    submodules: Iterable[str] = (),
+    names: Mapping[str, str] | None = None,
+    absent: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` for a package.
 
     ``submodules`` are imported when first asked for. ``names`` maps an attribute to ``"module:attribute"``, or to
-    ``"module"`` for a module under another name.
+    ``"module"`` for a module under another name. ``absent`` says of names that programs may look for why they are not here.
     """
     known = set(submodules)
     elsewhere = dict(names or {})
@@ -46,7 +49,8 @@ def attach(
         elif name in known:
             value = importlib.import_module(f"{package}.{name}")
         else:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            why = f": {absent[name]}" if absent and name in absent else ""
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{why}")
         # Cached as an ordinary attribute: the next access is free and mock.patch finds it.
         setattr(importlib.import_module(package), name, value)
         return value

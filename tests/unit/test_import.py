@@ -9,6 +9,8 @@ import types
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 import deepspeed
 
 HEAVY = (
@@ -177,3 +179,12 @@ def test_public_surface_is_frozen():
         # Submodules that something imported become attributes; only those that we offer by name are API.
         loaded = {n for n in ours - expected if isinstance(getattr(module, n), types.ModuleType)}
         assert ours - loaded == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"), [("tp_model_init", "unset autotp_size"), ("init_inference", "ZeRO-3"), ("OnDevice", "meta")]
+)
+def test_what_programs_may_look_for_in_vain_says_why(name: str, way_out: str) -> None:
+    assert not hasattr(deepspeed, name)
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}': .*{way_out}"):
+        getattr(deepspeed, name)
