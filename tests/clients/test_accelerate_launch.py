@@ -141,6 +141,15 @@ def test_commands_for_several_machines(launcher: str) -> None:
             assert parsed.no_local_rank and parsed.launcher == launcher
 
 
+@pytest.mark.parametrize("name", ["", "other_env"])
+def test_name_of_the_environment_file(name: str) -> None:
+    """Accelerate appends to the file of this name, in the current folder, before each start on several machines."""
+    code = "from deepspeed.launcher.runner import DEEPSPEED_ENVIRONMENT_NAME as n; print(n)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ENV_FILE": name}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == (name or ".deepspeed_env")
+
+
 def started(folder: Path, *options: str) -> subprocess.Popen[str]:
     environment = {
         **os.environ,

@@ -67,6 +67,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "waveft": lambda: peft.WaveFTConfig(n_frequency=10, **LINEAR),
     "shira": lambda: peft.ShiraConfig(r=2, **LINEAR),
     "psoft": lambda: peft.PsoftConfig(r=4, **LINEAR),
+    "trainable tokens": lambda: peft.TrainableTokensConfig(
+        token_indices=[1, 2, 3], target_modules=["embed_tokens"], **TASK
+    ),
     # These read the base's weights when they are made and do not ask for them; see docs/clients/peft.md.
     "deft": lambda: peft.DeftConfig(r=4, **LINEAR),
     "delora": lambda: peft.DeloraConfig(r=4, **LINEAR),
@@ -145,7 +148,7 @@ def learn_kinds(rank: int, world_size: int, bases: str, kinds: list[str]) -> Non
     for kind in kinds:
         plain = adapted(kind, bases)
         expected = learn_plainly(plain)
-        for stage in (2, 3):
+        for stage in (2,) if kind == "trainable tokens" else (2, 3):  # at stage 3 PEFT calls CUDA
             holder = HfDeepSpeedConfig(copy.deepcopy(config(stage)))
             model = adapted(kind, bases)
             assert model.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters(), kind
@@ -337,6 +340,7 @@ def construct(rank: int, world_size: int, bases: str) -> None:
     # What is not whole is not written.
     with pytest.raises(Exception, match="meta tensor"):
         model.save_pretrained(f"{bases}/never{rank}")
+    assert not list(Path(bases).glob("never*/*.safetensors"))
     del holder
 
 
