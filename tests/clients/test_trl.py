@@ -36,8 +36,17 @@ DATA: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"prompt": "a" + "b" * (i % 3)} for i in range(16)],
 }  # fmt: skip
 DATA["rloo"] = DATA["distillation"] = DATA["grpo"]
+DATA["online"] = DATA["grpo"]
 DATA["reward"] = DATA["dpo"]
-NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO", "reward": "Reward"}
+NAMES = {
+    "sft": "SFT",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "reward": "Reward",
+    "online": "OnlineDPO",
+}
 ONLINE = {"max_completion_length": 4, "num_generations": 2, "beta": 0.1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {"max_length": 10},
@@ -46,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reward": {"max_length": 10},
     "grpo": {**ONLINE, "scale_rewards": "none"},
     "rloo": ONLINE,
+    "online": {"max_new_tokens": 4, "max_length": 12, "beta": 0.1},
     "distillation": {"max_completion_length": 4},
 }
 
@@ -108,7 +118,10 @@ def made(folder: str, kind: str, stage: int | None, model: Any, base: str, out: 
     options = {**OPTIONS[kind], **options}
     more, peft_config, judge = (options.pop(key, None) for key in ("deepspeed", "peft_config", "judge"))
     name = NAMES.get(kind, kind.capitalize())
-    arguments = getattr(trl, f"{name}Config")(
+    where: Any = trl
+    if kind == "online":
+        import trl.experimental.online_dpo as where
+    arguments = getattr(where, f"{name}Config")(
         out,
         **{
             "use_cpu": True,
@@ -132,11 +145,13 @@ def made(folder: str, kind: str, stage: int | None, model: Any, base: str, out: 
         model = load(f"{folder}/{base}")
         assert all(hasattr(param, "ds_id") for param in model.parameters()) == (stage == 3)
     extra: dict[str, Any] = {"peft_config": peft_config} if peft_config else {}
-    if kind in ("grpo", "rloo"):
+    if kind in ("grpo", "rloo", "online"):
         extra["reward_funcs"] = classifier(f"{folder}/judge") if judge else low_ids
+    if kind == "online":
+        extra["ref_model"] = AutoModelForCausalLM.from_pretrained(f"{folder}/{base}")
     if kind == "distillation":
         extra["teacher_model"] = AutoModelForCausalLM.from_pretrained(f"{folder}/teacher")
-    return getattr(trl, f"{name}Trainer")(
+    return getattr(where, f"{name}Trainer")(
         model,
         args=arguments,
         train_dataset=Dataset.load_from_disk(f"{folder}/data-{kind}"),
@@ -169,6 +184,7 @@ def learn(
                 "losses": [entry["loss"] for entry in logged],
                 "rewards": [entry.get("reward", 0.0) for entry in logged],
                 "weights": whole(trainer.model),
+                "dtypes": {param.dtype for param in trainer.model.parameters()},
             }
         )
         if stage is not None:
@@ -191,7 +207,9 @@ def compare(kind: str, folder: str, out: Path, base: str = "gpt2", stages: Any =
                 plain["losses"], rel=1e-2 if bf16 else 1e-4, abs=1e-3 if bf16 else 1e-5
             )
             assert other["rewards"] == pytest.approx(plain["rewards"], abs=1e-6)
-            if bf16:
+            if bf16 and "peft_config" in options:
+                assert {str(tensor) for tensor in other["dtypes"]} == {"torch.bfloat16"}  # adapters, too
+            elif bf16:
                 start = whole(AutoModelForCausalLM.from_pretrained(f"{folder}/{base}"))
                 assert distance(other["weights"], plain["weights"]) < 0.15 * distance(plain["weights"], start)
             else:
@@ -274,6 +292,12 @@ def test_online(kind: str, whole_model: bool, pretrained: str, tmp_path: Path) -
     assert max(plain["rewards"][2:]) > plain["rewards"][0] + 0.1
 
 
+def test_online_dpo(pretrained: str, tmp_path: Path) -> None:
+    plain = compare("online", pretrained, tmp_path, "llama", learning_rate=1e-2)
+    start = whole(AutoModelForCausalLM.from_pretrained(f"{pretrained}/llama"))
+    assert distance(plain["weights"], start) > 0.1
+
+
 @pytest.mark.slow
 def test_online_with_more(pretrained: str, tmp_path: Path) -> None:
     """Generation switches checkpointing off and on; a model judges; the reference follows the policy; bf16."""
@@ -289,12 +313,12 @@ def test_distillation(pretrained: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
-def test_adapters(kind: str, pretrained: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "bf16"), [("sft", False), ("sft", True), ("dpo", False), ("grpo", False)])
+def test_adapters(kind: str, bf16: bool, pretrained: str, tmp_path: Path) -> None:
     """TRL wants reentrant checkpointing for adapters under ZeRO-3; the reference is the base without the adapter."""
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    options = {"peft_config": lora, "gradient_checkpointing": True, "learning_rate": 2e-2}
+    options = {"peft_config": lora, "gradient_checkpointing": True, "learning_rate": 2e-2, "bf16": bf16}
     plain = compare(kind, pretrained, tmp_path, "llama", **options)
     changed = [name for name in plain["weights"] if "lora_B" in name and plain["weights"][name].abs().max() > 1e-3]
     assert len(changed) == 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,16 @@ pytestmark = pytest.mark.client
 __all__ = ["pretrained"]  # a fixture
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_the_installation_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    from packaging.version import Version
+    from trl.scripts.env import print_env
+
+    print_env()
+    (version,) = re.findall(r"DeepSpeed version: (.*)", capsys.readouterr().out)
+    assert version == importlib.metadata.version("deepspeed") == deepspeed.__version__
+    assert Version(version) >= Version("0.18.6")  # what TRL's extra asks for
 
 
 def accelerator(stage: int) -> Any:
@@ -56,7 +68,9 @@ def frozen_engine(rank: int, world_size: int, stage: int) -> list[Any]:
 
     state = accelerator(stage)
     engine = prepare_deepspeed(tiny_gpt2(), state)
-    assert type(engine) is deepspeed.DeepSpeedEngine and not engine.module.training
+    assert type(engine) is deepspeed.DeepSpeedEngine is deepspeed.runtime.engine.DeepSpeedEngine
+    assert not engine.module.training and engine.config is not None and engine.global_steps == 0
+    assert engine.generation_config is engine.module.generation_config  # members of the module are found through it
     assert engine.zero_optimization_stage() == (3 if stage == 3 else 0)
     assert getattr(engine.config, "_name_or_path", "unnamed") == "unnamed"
     assert deepspeed.comm.is_initialized() and deepspeed.comm.get_rank() == rank
