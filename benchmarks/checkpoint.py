@@ -89,10 +89,10 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    shape = Shape(layers=args.layers, hidden=args.hidden, heads=16, vocabulary=8192, sequence=16)
+    shape = Shape(layers=args.layers, hidden=args.hidden, heads=16, vocabulary=8192, sequence=args.tokens)
     model = GPT(shape)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    tokens = torch.randint(8192, (1, 17), generator=torch.Generator().manual_seed(args.rank))
+    tokens = torch.randint(8192, (1, args.tokens + 1), generator=torch.Generator().manual_seed(args.rank))
     x, y = tokens[:, :-1], tokens[:, 1:]
     folder = Path(args.folder)
     if args.candidate.startswith(("ours", "reference")):
@@ -223,7 +223,8 @@ def run(args: argparse.Namespace, candidate: str, do: str, world: int, folder: P
             env |= {"DS_ACCELERATOR": "cpu"} if reference else {"PYTHONPATH": str(HERE.parent)}
             command = [python, str(HERE / "checkpoint.py"), "--worker", "--candidate", candidate, "--do", do]
             command += ["--rank", str(rank), "--world", str(world), "--folder", str(folder)]
-            command += ["--layers", str(args.layers), "--hidden", str(args.hidden), "--answer", f"{place}/{rank}"]
+            command += ["--layers", str(args.layers), "--hidden", str(args.hidden), "--tokens", str(args.tokens)]
+            command += ["--answer", f"{place}/{rank}"]
             log = open(f"{place}/{rank}.log", "w")  # noqa: SIM115 - closed with the folder
             ranks.append(
                 (subprocess.Popen(command, env=env, cwd=place, stdout=log, stderr=log), Path(f"{place}/{rank}.log"))
@@ -369,6 +370,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=23)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a rank's training step")
     parser.add_argument("--worlds", type=lambda text: [int(w) for w in text.split(",")], default=[2, 1, 4])
     parser.add_argument("--json", default="")
     for name in ("--candidate", "--do", "--answer"):

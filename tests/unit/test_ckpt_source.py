@@ -128,7 +128,31 @@ def test_what_was_read_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "empty_flat", lambda numel, dtype: (copied.append(numel), real(numel, dtype))[1])
     rope = Rope([torch.arange(20.0), torch.arange(10.0)])
     read(rope, lambda count: rope.freeze() if count == 2 else None)
-    assert copied == [6, 10]
+    assert copied == [10, 6]  # from the end, while the beginning is still being written
+
+
+def test_what_was_exchanged_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 7: with the second one given, the third is read; parts that end before its end are done with."""
+    copied: list[int] = []
+    real = source_module.empty_flat
+
+    def counted(numel: int, dtype: torch.dtype) -> torch.Tensor:
+        copied.append(numel)
+        return real(numel, dtype)
+
+    layout = contiguous({"a": 40}, 1)
+    state = torch.arange(40.0)
+    source = Exchanged(list(state.split([5, 10, 6, 9, 10])), layout, layout, None, 0)
+
+    def freeze(count: int) -> None:
+        if count == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(source_module, "empty_flat", counted)
+                source.freeze()
+            state.zero_()
+
+    assert torch.equal(read(source, freeze), torch.arange(40.0))
+    assert copied == [10, 9] and not source.torn
 
 
 def test_memory_is_let_go_part_by_part() -> None:

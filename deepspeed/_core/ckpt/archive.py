@@ -151,7 +151,7 @@ class Archive:
 
     def freeze(self) -> None:
         """The content from now on does not depend on the tensors that were given."""
-        for source in self.sources:
+        for source in reversed(self.sources):  # whoever writes it comes from the other end
             source.freeze()
 
     def foreign_names(self) -> list[str]:

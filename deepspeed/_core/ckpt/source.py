@@ -8,6 +8,7 @@ HPDC 2024, "lazy non-blocking copies".)
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -139,8 +140,12 @@ class Source:
         raise NotImplementedError
 
     def freeze(self) -> None:
-        """Makes what is still to be read independent of the tensors it comes from."""
-        raise NotImplementedError
+        """Makes what is still to be read independent of the tensors it comes from.
+
+        From the end, while another thread goes on writing from the beginning: they meet.
+        """
+        for part in reversed(self._parts):
+            part.freeze()
 
 
 class Rope(Source):
@@ -164,11 +169,6 @@ class Rope(Source):
                 part.read(begin, end, use)
                 part.drop(end)
 
-    def freeze(self) -> None:
-        """See :meth:`Source.freeze`."""
-        for part in self._parts:
-            part.freeze()
-
 
 class Blank(Source):
     """As many zeros, which nobody keeps."""
@@ -182,9 +182,6 @@ class Blank(Source):
         blank = torch.zeros(min(tile, self.numel), dtype=self.dtype)
         for begin in range(0, self.numel, tile):
             use(blank[: min(tile, self.numel - begin)])
-
-    def freeze(self) -> None:
-        """Nothing can change it."""
 
 
 class Exchanged(Source):
@@ -220,6 +217,18 @@ class Exchanged(Source):
                 self._outgoing[copy.dst_rank].append(copy)
             if copy.dst_rank == rank:
                 self._incoming[copy.src_rank].append(copy)
+        self._last_read = self._ends_of_reading()
+
+    def _ends_of_reading(self) -> list[int]:
+        """For each part, the element of the written buffers before which all copies from it end."""
+        ends = list(itertools.accumulate(part.numel for part in self._parts))
+        last = [0] * len(ends)
+        for copy in (copy for copies in self._outgoing for copy in copies):
+            first = bisect.bisect_right(ends, copy.src_offset)
+            behind = bisect.bisect_left(ends, copy.src_offset + copy.numel)
+            for index in range(first, behind + 1):
+                last[index] = max(last[index], copy.dst_offset + min(copy.numel, ends[index] - copy.src_offset))
+        return last
 
     def write(self, use: Callable[[torch.Tensor], None]) -> None:
         """See :meth:`Source.write`. Collective over the group."""
@@ -270,6 +279,9 @@ class Exchanged(Source):
             values[filled - begin : low - begin].zero_()  # padding
             filled = high
         values[filled - begin :].zero_()
+        for part, last in zip(self._parts, self._last_read, strict=True):
+            if begin < last <= end:
+                part.drop(part.numel)
         return _Tile(begin, values, works)
 
     def _packed(self, outgoing: Sequence[Sequence[Copy]], rooms: _Rooms) -> list[tuple[int, torch.Tensor]]:
@@ -295,11 +307,6 @@ class Exchanged(Source):
                 part.read(offset, offset + count, _into(out[:count]))
                 out, offset = out[count:], offset + count
             offset -= part.numel
-
-    def freeze(self) -> None:
-        """See :meth:`Source.freeze`."""
-        for part in self._parts:
-            part.freeze()
 
 
 class _Tile:
