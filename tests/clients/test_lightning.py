@@ -78,12 +78,12 @@ def plain(world_size: int, accumulation: int) -> dict[str, Any]:
     return {"losses": losses, "weights": whole(model)}
 
 
-def assert_learns_as(ours: list[dict[str, Any]], expected: dict[str, Any], bf16: bool) -> None:
-    """bf16 (8 bits of mantissa): the reference computes in fp32, and so losses agree within a percent."""
+def assert_learns_as(ours: list[dict[str, Any]], expected: dict[str, Any], half: bool) -> None:
+    """In 16 bits (bf16 has 8 of mantissa) the reference computes in fp32, and so losses agree within a percent."""
     for rank, result in enumerate(ours):
         assert expected["losses"][rank][-1] < expected["losses"][rank][0] - 0.1
-        assert result["losses"] == pytest.approx(expected["losses"][rank], rel=2e-2 if bf16 else 5e-5)
-        if not bf16:
+        assert result["losses"] == pytest.approx(expected["losses"][rank], rel=2e-2 if half else 5e-5)
+        if not half:
             assert_weights_close(result["weights"], expected["weights"], atol=1e-4)
 
 
@@ -155,7 +155,9 @@ def use_fabric(rank: int, world_size: int, folder: str, stage: int, precision: s
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "bf16-true")])
+@pytest.mark.parametrize(
+    ("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "bf16-true"), (2, "16-true")]
+)
 def test_fabric(stage: int, world_size: int, precision: str, tmp_path: Path) -> None:
     """Training, saving, resuming, loading the weights alone, and fp32 weights as one file."""
     ours = run_clients(use_fabric, world_size, str(tmp_path), stage, precision)
@@ -170,7 +172,8 @@ def test_fabric(stage: int, world_size: int, precision: str, tmp_path: Path) -> 
     assert loaded["seen"] == len(batches(0, world_size))
     for name, tensor in state.items():
         assert tensor.dtype == torch.float32
-        torch.testing.assert_close(tensor, ours[0]["weights"][name], rtol=0 if precision == "32-true" else 1e-2, atol=0)
+        rtol = 0 if precision == "32-true" else 1e-2  # the model's weights are rounded, to fp16 by up to 3e-8 near 0
+        torch.testing.assert_close(tensor, ours[0]["weights"][name], rtol=rtol, atol=1e-7 if rtol else 0)
 
 
 def offload(
@@ -308,7 +311,7 @@ def use_trainer(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "bf16-true"), (2, "bf16-mixed")]
+    ("world_size", "precision"), [(1, "32-true"), (2, "32-true"), (2, "bf16-true"), (2, "bf16-mixed"), (2, "16-mixed")]
 )
 def test_trainer(stage: int, world_size: int, precision: str, tmp_path: Path) -> None:
     """Accumulation, clipping, a schedule of each step, validation, test, checkpoints, resuming, one fp32 file."""
