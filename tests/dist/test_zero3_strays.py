@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from deepspeed import zero
+from deepspeed.utils.logging import logger
 from tests.helpers.dist import run_ranks
 from tests.helpers.training import make_engine
 
@@ -144,3 +146,38 @@ def noted(rank: int, world_size: int) -> Any:
 
 def test_looking_is_no_use() -> None:
     run_ranks(noted, 2)
+
+
+class Assigning(nn.Module):
+    """Gives a parameter other data while it runs, which its shards never hear of."""
+
+    def __init__(self, assigns: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.assigns = assigns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.assigns:
+            self.linear.weight.data = self.linear.weight.data * 2
+        return y.square().mean()
+
+
+def assign(rank: int, world_size: int) -> None:
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    for assigns in (False, True):
+        engine = make_engine(Assigning(assigns), RELEASED)
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 4)))
+            engine.step()
+        told = [line for line in lines if "given other data while it was gathered" in line]
+        assert len(told) == (assigns and rank == 0), told  # once, on rank 0
+        assert not told or "linear.weight" in told[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_assigned_in_a_forward_is_dropped_and_that_is_told(world_size: int) -> None:
+    run_ranks(assign, world_size)

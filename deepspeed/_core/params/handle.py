@@ -31,6 +31,7 @@ from deepspeed._core.params.compress import PackedItem, QuantisedShard, Secondar
 from deepspeed._core.params.store import AwayShard, Region, ShardStore, Waits
 from deepspeed._core.params.transport import GatherItem, ParamTransport
 from deepspeed._core.reduce.transport import Pending
+from deepspeed.utils.logging import warning_once
 
 __all__ = [
     "ParamHandle",
@@ -441,6 +442,13 @@ class ParamHandle:
             self.await_shard()
         if self.on_change is not None:
             self.on_change(self, False)
+        replaced = self.param.dtype == self.dtype and self.param.data_ptr() != self.full.data_ptr()
+        if replaced and self.available and not by_hand:
+            warning_once(
+                f"parameter {self.label} was given other data while it was gathered (param.data = ..., in a forward?): "
+                "that is dropped, since its shards did not change. Write in place, inside "
+                "`with deepspeed.zero.GatheredParameters(param, modifier_rank=0):`"
+            )
         self._hide()
         self._alone = None
         if self._full is None:
