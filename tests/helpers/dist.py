@@ -65,6 +65,9 @@ def _child(fn: Callable[..., Any], rank: int, world_size: int, folder: str, init
         faulthandler.enable(log)
         faulthandler.register(signal.SIGUSR1, log, all_threads=True)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+        # The first use of torch after a fork makes its thread pool anew. Were that in two threads at once, as where
+        # Transformers loads weights, one would find none: "Invalid thread pool!".
+        torch.set_num_threads(torch.get_num_threads())
         torch.manual_seed(1234)
         if init:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
