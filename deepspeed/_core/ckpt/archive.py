@@ -140,6 +140,11 @@ class Archive:
         return len(self._pickle) + sum(source.nbytes for source in self.sources)
 
     @property
+    def collective(self) -> bool:
+        """Whether writing takes part in communication."""
+        return any(source.collective for source in self.sources)
+
+    @property
     def torn(self) -> bool:
         """Whether tensors were changed before they were written, without :meth:`freeze`: the file is worth nothing then."""
         return any(source.torn for source in self.sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ class WriterOptions:
     """How files are written: see :class:`BlockFile`."""
 
     buffer_nbytes: int = 8 << 20
-    buffers: int = 2
+    buffers: int = 4
 
 
 @dataclass
@@ -70,20 +70,10 @@ class SaveJob:
         Raises:
             CheckpointError, OSError: the checkpoint was not saved.
         """
-        error: Exception | None = None
-        sums: dict[str, FileSum] = {}
         nbytes = 0 if self.quiet else sum(archive.nbytes for _, archive in self.files)
         try:
             with bytes_bar(nbytes, f"saving {self.facts.tag}") as progress:
-                for name, archive in self.files:
-                    sink = _Tolerant(self.staging.folder / name, self.options, progress)
-                    try:
-                        archive.write(sink)
-                    finally:
-                        found = sink.close()
-                    error = error or sink.error or archive.error or self._torn(archive)
-                    if found is not None:
-                        sums[name] = found
+                error, sums = self._write_all(progress)
         except BaseException:  # no matter of this rank's disk: a rank has died, or memory is used up
             if self._leads:
                 self.staging.discard()
@@ -98,6 +88,36 @@ class SaveJob:
             except Exception as caught:
                 error = caught
         self._agree(error, {})
+
+    def _write_all(self, progress: Callable[[int], object]) -> tuple[Exception | None, dict[str, FileSum]]:
+        """The first error, and what was written.
+
+        Files that need no other rank are written beside those that do: the disk has little to do while ranks exchange.
+        """
+        sums: dict[str, FileSum] = {}
+        errors: list[Exception] = []
+
+        def write(files: Iterable[tuple[str, Archive]]) -> None:
+            for name, archive in files:
+                sink = _Tolerant(self.staging.folder / name, self.options, progress)
+                try:
+                    archive.write(sink)
+                finally:
+                    found = sink.close()
+                error = sink.error or archive.error or self._torn(archive)
+                if error is not None:
+                    errors.append(error)
+                if found is not None:
+                    sums[name] = found
+
+        own = [file for file in self.files if not file[1].collective]
+        shared = [file for file in self.files if file[1].collective]
+        if shared and own:
+            with _Beside(lambda: write(own)):
+                write(shared)
+        else:
+            write(self.files)
+        return (errors[0] if errors else None), sums
 
     def _torn(self, archive: Archive) -> CheckpointError | None:
         if not archive.torn:
@@ -158,6 +178,36 @@ def _retire(root: Path, newest: str, keep: int) -> None:
         os.rename(root / tag, hidden)
         remove_folder(hidden)
     fsync_folder(root)
+
+
+class _Beside:
+    """Runs ``action`` in a thread while the context's block runs, and raises what it raised."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        # No executor and no daemon, see Saver.run.
+        self._thread = threading.Thread(target=self._run, name="deepspeed-checkpoint-own")
+        try:
+            self._thread.start()
+        except RuntimeError:  # too many threads
+            self._thread = None
+            self._run()
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:
+            self._error = error
 
 
 class _Tolerant:
