@@ -14,7 +14,8 @@ reading as many bytes in order, by the faster of buffered and direct I/O.
 | `torch` | DDP; rank 0 `torch.save`s model and optimizer, every rank `torch.load`s them (mmap) |
 | `dcp` | FSDP2 with `torch.distributed.checkpoint` |
 
-Memory is the larger rank's peak during the call, above what was resident before it.
+Memory is the larger rank's peak during the call, above what was resident before it. No load is faster than the new memory
+that its moments need, so two processes filling as much are measured, too.
 """
 
 from __future__ import annotations
@@ -95,7 +96,15 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(8192, (1, args.tokens + 1), generator=torch.Generator().manual_seed(args.rank))
     x, y = tokens[:, :-1], tokens[:, 1:]
     folder = Path(args.folder)
-    if args.candidate.startswith(("ours", "reference")):
+    if args.do == "fill":
+        # What a load cannot be faster than: a rank's part of masters and Adam's state, as new memory.
+        from deepspeed._core.pages import empty_flat
+
+        numel = found["parameters"] // args.world
+        with _measured(found, "fill"):
+            held = [empty_flat(numel, torch.float32).fill_(1) for _ in range(2 if args.candidate == "moments" else 3)]
+        del held
+    elif args.candidate.startswith(("ours", "reference")):
         _drive_engine(args, _engine(args, model, found), x, y, folder, found)
     else:
         _drive_torch(args, model, x, y, folder, found)
@@ -315,6 +324,7 @@ def measure(args: argparse.Namespace, candidate: str, root: Path) -> dict[str, A
             continue
         found[f"load{world}_s"], found[f"load{world}_peak"] = loaded["load_s"], loaded["load_peak"]
     if candidate.startswith("ours") and candidate == base:
+        found["moments_s"] = run(args, "moments", "fill", 2, folder)["fill_s"]
         forget(folder)
         found |= export(folder, root / "export")
     shutil.rmtree(folder)
@@ -351,6 +361,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         row += f"{r['save_s'] + r['freeze_s']:8.2f}" if background else ""
         row += f" (step {r['plain_step_s']:.2f} alone, {r['beside_s']:.2f} beside)" if background else ""
         lines.append(row)
+    lines += [
+        f"{name}: two ranks filled as much new memory as the moments take in {r['moments_s']:.2f} s"
+        for name, r in results.items()
+        if "moments_s" in r
+    ]
     disk = [(r["disk_write"] / 1e9, r["disk_read"] / 1e9) for r in results.values()]
     lines.append(
         f"disk, measured beside each candidate, GB/s: {', '.join(f'{w:.2f} write {r:.2f} read' for w, r in disk)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["LoadWhat", "load"]
 
 T = TypeVar("T")
+
+_MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,17 @@ def _ranges(engine: DeepSpeedEngine, choice: Choice) -> Ranges | None:
     if choice.manifest is None:
         return None
     sums = {name: known for name, known in choice.manifest.files.items() if is_optim_states(name)}
-    return Ranges(choice.folder, sums, verify=engine._config.document.checkpoint.verify_checksums)
+    verify = engine._config.document.checkpoint.verify_checksums
+    return Ranges(choice.folder, sums, verify=verify, workers=_own_cores())
+
+
+def _own_cores() -> int:
+    """How many threads this rank can keep busy without taking another's core; no more than a disk is glad of."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if mine == os.cpu_count():  # the launcher has not bound ranks to cores: all on the node share them
+        said = os.environ.get("LOCAL_WORLD_SIZE", "")
+        mine //= max(1, int(said) if said.isdigit() else dist.get_world_size())
+    return min(max(mine, 1), _MOST_WORKERS)
 
 
 def _stage(choice: Choice, plan: LoadPlan | None, ranges: Ranges | None) -> list[Staged] | None:

@@ -27,6 +27,7 @@ BLOCK, PART = 16 << 10, 4 << 10
 def small_parts() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockreader, "_PART_NBYTES", PART)
+        patch.setattr(blockreader, "_JOB_BLOCKS", 2)
         yield
 
 
@@ -49,15 +50,15 @@ def saved(folder: Path, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, held
 
 
-@given(st.data(), st.booleans())
+@given(st.data(), st.booleans(), st.sampled_from([1, 3]))
 @settings(max_examples=60)
-def test_ranges_arrive(data: st.DataObject, verify: bool) -> None:
+def test_ranges_arrive(data: st.DataObject, verify: bool, workers: int) -> None:
     """Of any tensors, in any order, overlapping or not, also as another dtype."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path, held = saved(folder)
         mapped = load_file(path)
-        ranges = Ranges(folder, {path.name: sums(path)}, verify=verify)
+        ranges = Ranges(folder, {path.name: sums(path)}, verify=verify, workers=workers)
         wanted = []
         for _ in range(data.draw(st.integers(1, 6))):
             key = data.draw(st.sampled_from(sorted(held)))
@@ -91,16 +92,18 @@ def test_what_is_no_part_of_the_files_is_copied_at_once(tmp_path: Path) -> None:
     ranges.run(lambda count: pytest.fail("nothing was left to read"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("verify", [True, False])
-def test_damage_is_found_where_it_is_read(tmp_path: Path, verify: bool) -> None:
+def test_damage_is_found_where_it_is_read(tmp_path: Path, verify: bool, workers: int) -> None:
     path, held = saved(tmp_path)
     known = sums(path)
     content = bytearray(path.read_bytes())
     content[20_000] ^= 1  # in `a`
     path.write_bytes(content)
     mapped = load_file(path)
-    ranges = Ranges(tmp_path, {path.name: known}, verify=verify)
+    ranges = Ranges(tmp_path, {path.name: known}, verify=verify, workers=workers)
     ranges.copy(torch.zeros(9001), mapped["a"])
+    ranges.copy(torch.zeros(20_000, dtype=torch.bfloat16), mapped["c"])
     if not verify:
         ranges.run(lambda count: None)
         return

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = ["FileReader", "Ranges", "check_blocks"]
 
 _PART_NBYTES = 8 << 20
 _AHEAD = 2
+_JOB_BLOCKS = 4
 
 Progress = Callable[[int], object]
 
@@ -149,6 +151,14 @@ class _Wanted:
     dtype: torch.dtype
 
 
+class _Job(NamedTuple):
+    """What a thread reads at a time: blocks of a file in order (None: only what is wanted), and what is wanted of them."""
+
+    name: str
+    wanted: list[_Wanted]
+    blocks: list[int] | None
+
+
 class Ranges:
     """Copies of ranges of a folder's files, collected first, then made in the order of the files.
 
@@ -156,13 +166,14 @@ class Ranges:
         folder: where the files are.
         sums: the files to read past the page cache, by name; what belongs to others, or to no file, is copied at once.
         verify: compare the checksums of the blocks that are touched. Without, less is read at the edges.
+        workers: number of threads that read, sum and copy, each with buffers of 24 MiB.
 
     Attributes:
         checked: blocks whose checksum was compared, by name of the file.
     """
 
-    def __init__(self, folder: Path, sums: Mapping[str, FileSum], *, verify: bool) -> None:
-        self._folder, self._sums, self._verify = folder, sums, verify
+    def __init__(self, folder: Path, sums: Mapping[str, FileSum], *, verify: bool, workers: int = 1) -> None:
+        self._folder, self._sums, self._verify, self._workers = folder, sums, verify, workers
         self._wanted: dict[str, list[_Wanted]] = {}
         self.checked: dict[str, list[int]] = {}
 
@@ -187,20 +198,60 @@ class Ranges:
         Raises:
             CheckpointError: a file is damaged or cannot be read; some targets have been written to then.
         """
-        if not self._wanted:
-            return
-        with FileReader() as reader, torch.no_grad():
-            for name, wanted in self._wanted.items():
-                wanted.sort(key=lambda one: one.begin)
-                path, known = self._folder / name, self._sums[name]
-                if self._verify:
-                    blocks = sorted({b for w in wanted for b in _blocks(w, known.block_nbytes)})
-                    parts = _checked(reader, path, known, blocks)
-                    self.checked[name] = blocks
-                else:
-                    parts = reader.parts(path, _spans(wanted, known.nbytes))
-                _hand_out(parts, wanted, progress)
+        jobs = [job for name, wanted in self._wanted.items() for job in self._jobs(name, wanted)]
+        # No executor where the caller's thread is enough, which it is if it has a core for itself only.
+        if self._workers == 1 or len(jobs) < 2:
+            with FileReader() as reader:
+                for job in jobs:
+                    self._do(job, reader, progress)
+        else:
+            self._share_out(jobs, progress)
         self._wanted.clear()
+
+    def _share_out(self, jobs: Sequence[_Job], progress: Progress) -> None:
+        """Does the jobs in threads, in about this order; ends early with the first error."""
+        waiting = deque(jobs)
+
+        def work() -> None:
+            with FileReader() as reader:
+                while True:
+                    try:
+                        job = waiting.popleft()
+                    except IndexError:  # all are taken
+                        return
+                    self._do(job, reader, progress)
+
+        with ThreadPoolExecutor(min(self._workers, len(jobs)), thread_name_prefix="deepspeed-load") as pool:
+            futures = [pool.submit(work) for _ in range(self._workers)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                waiting.clear()
+
+    def _jobs(self, name: str, wanted: list[_Wanted]) -> list[_Job]:
+        wanted.sort(key=lambda one: one.begin)
+        if not self._verify:
+            return [_Job(name, wanted, None)]
+        size = self._sums[name].block_nbytes
+        blocks = sorted({block for one in wanted for block in _blocks(one, size)})
+        jobs = []
+        for at in range(0, len(blocks), _JOB_BLOCKS):
+            run = blocks[at : at + _JOB_BLOCKS]
+            begin, end = run[0] * size, (run[-1] + 1) * size
+            jobs.append(_Job(name, [one for one in wanted if one.begin < end and one.end > begin], run))
+        return jobs
+
+    def _do(self, job: _Job, reader: FileReader, progress: Progress) -> None:
+        path, known = self._folder / job.name, self._sums[job.name]
+        if job.blocks is None:
+            parts = reader.parts(path, _spans(job.wanted, known.nbytes))
+        else:
+            parts = _checked(reader, path, known, job.blocks)
+        with torch.no_grad():
+            _hand_out(parts, job.wanted, progress)
+        if job.blocks is not None:
+            self.checked.setdefault(job.name, []).extend(job.blocks)
 
     @functools.cached_property
     def _mapped(self) -> list[tuple[int, int, int, str]]:
