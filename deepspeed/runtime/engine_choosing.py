@@ -113,9 +113,12 @@ def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str, check_optimizer: 
         folder = find_tag_dir(load_dir, tag)
         manifest = check_complete(folder)
         blocks = manifest.blocks() if manifest is not None and checksums else []
-        later = [(name, block) for name, block in blocks if not check_optimizer and is_optim_states(name)]
+        now: list[tuple[str, int]] = []
+        later: list[tuple[str, int]] = []
+        for block in blocks:
+            (later if not check_optimizer and is_optim_states(block[0]) else now).append(block)
         choice = Choice(folder, manifest, tuple(later))
-        _check(choice, [block for block in blocks if block not in set(later)], sharing)
+        _check(choice, now, sharing)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems = [text for text in gather(problem) if text is not None]

@@ -21,6 +21,7 @@ from deepspeed._core.ckpt import blockfile
 from deepspeed._core.ckpt.blockfile import BlockFile, FileSum, check_size
 from deepspeed._core.ckpt.blockreader import check_blocks
 from deepspeed.errors import CheckpointError
+from deepspeed.runtime.config_sections.checkpoint import CheckpointWriterConfig
 
 BLOCK = 1 << 14  # small blocks of two buffers each
 BUFFER = 1 << 13
@@ -102,6 +103,22 @@ def test_a_file_that_exists_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         BlockFile(tmp_path / "nowhere" / "a", buffer_nbytes=BUFFER)
     assert (tmp_path / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("nbytes", [1, BLOCK, 3 * BLOCK, 7 * BLOCK + 9])
+def test_a_buffer_may_hold_several_blocks(tmp_path: Path, blocks: int, nbytes: int) -> None:
+    path, content = tmp_path / "a", data(nbytes)
+    with BlockFile(path, buffer_nbytes=blocks * BLOCK) as file:
+        file.write(content)
+    assert_whole(path, content, FileSum(file.sum.nbytes, file.sum.crc32, BLOCK))
+
+
+def test_the_documented_buffer_size_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with blocks of their real size
+    with BlockFile(tmp_path / "a", buffer_nbytes=CheckpointWriterConfig().io_buffer_size) as file:
+        file.write(b"abc")
+    assert file.sum == FileSum(3, (zlib.crc32(b"abc"),))
 
 
 @pytest.mark.parametrize("options", [{"buffer_nbytes": 1000}, {"buffer_nbytes": 3 * 4096}, {"buffers": 0}])

@@ -49,14 +49,17 @@ class BlockFile:
 
     Args:
         path: must not exist.
-        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 16 MiB.
+        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 16 MiB or is a multiple of it.
         buffers: number of buffers, at least 1; with two, filling one and writing the other overlap.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, buffer_nbytes: int = _BUFFER_NBYTES, buffers: int = 2) -> None:
-        if buffer_nbytes % _SECTOR or BLOCK_NBYTES % buffer_nbytes or buffers < 1:
+        # Buffers lie within a block, or blocks within a buffer.
+        misfits = max(BLOCK_NBYTES, buffer_nbytes) % min(BLOCK_NBYTES, buffer_nbytes)
+        if buffer_nbytes % _SECTOR or misfits or buffers < 1:
             raise ValueError(
-                f"expected buffers of a multiple of {_SECTOR} bytes that divides {BLOCK_NBYTES}: {buffer_nbytes}"
+                f"expected buffers of a multiple of {_SECTOR} bytes that divides {BLOCK_NBYTES} or is a multiple of it: "
+                f"{buffer_nbytes}"
             )
         # Mapped memory begins at a page, as O_DIRECT wants. As arrays: copying into those lets other threads run.
         self._free: queue.SimpleQueue[_Bytes] = queue.SimpleQueue()
@@ -152,7 +155,9 @@ class BlockFile:
         if offset % BLOCK_NBYTES:
             self._sums[-1] = crc32(buffer[:nbytes].data, self._sums[-1])
         else:
-            self._sums.append(crc32(buffer[:nbytes].data))
+            self._sums += [
+                crc32(buffer[at : min(at + BLOCK_NBYTES, nbytes)].data) for at in range(0, nbytes, BLOCK_NBYTES)
+            ]
         # The last part of a file is written with what is behind it in the buffer, and cut off afterwards.
         length = -(-nbytes // _SECTOR) * _SECTOR if self._direct else nbytes
         done = 0

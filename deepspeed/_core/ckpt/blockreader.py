@@ -199,8 +199,10 @@ class Ranges:
             CheckpointError: a file is damaged or cannot be read; some targets have been written to then.
         """
         jobs = [job for name, wanted in self._wanted.items() for job in self._jobs(name, wanted)]
+        if not jobs:
+            return
         # No executor where the caller's thread is enough, which it is if it has a core for itself only.
-        if self._workers == 1 or len(jobs) < 2:
+        if self._workers == 1 or len(jobs) == 1:
             with FileReader() as reader:
                 for job in jobs:
                     self._do(job, reader, progress)
