@@ -129,7 +129,7 @@ def _can_stage(engine: DeepSpeedEngine, what: LoadWhat) -> bool:
         return False
     if engine.use_node_local_storage() or not engine._config.document.checkpoint.verify_checksums:
         return False
-    return all(map(flat.states.in_memory, flat.buckets))
+    return flat.all_in_memory
 
 
 def _load_from(

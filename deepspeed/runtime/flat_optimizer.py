@@ -470,7 +470,7 @@ class FlatOptimizer(ShardOwner):
 
         Weights keep their values; step counts go back to zero.
         """
-        if not self._whole and not all(map(self.states.in_memory, self.buckets)):
+        if not self.all_in_memory:
             return  # the space is reserved, and the states are made tile by tile in the first step
         saved = [dict(group) for group in self.optimizer.param_groups]
         tensors = [m for bucket in self.buckets for m in self._masters[bucket.index]]

@@ -374,8 +374,7 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan, staged: list[Staged] | Non
 
 
 def _load_in_place(flat: FlatOptimizer, plan: LoadPlan, ranges: Ranges | None) -> None:
-    in_memory = flat.stage == 0 or all(map(flat.states.in_memory, flat.buckets))
-    copy = ranges.copy if ranges is not None and in_memory else torch.Tensor.copy_
+    copy = ranges.copy if ranges is not None and flat.all_in_memory else torch.Tensor.copy_
     for target in plan.targets:
         with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
             # Before the new state is made, so that both are never there together.

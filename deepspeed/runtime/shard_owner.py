@@ -88,9 +88,14 @@ class ShardOwner(DeepSpeedOptimizer):
         """Whether optimizer states are in files, on any rank."""
         return self.states.files is not None
 
+    @property
+    def all_in_memory(self) -> bool:
+        """Whether all optimizer states are tensors with values at all times, on this rank."""
+        return self._whole or all(map(self.states.in_memory, self.buckets))
+
     def _not_in_memory(self, what: str, instead: str) -> str:
         """Why all optimizer state cannot be had at once; empty if it can."""
-        if self._whole or all(map(self.states.in_memory, self.buckets)):
+        if self.all_in_memory:
             return ""
         return (
             f"{what} would hold all optimizer state in memory, which zero_optimization.offload_optimizer keeps in "
