@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -23,12 +23,14 @@ from deepspeed.runtime.batch_triangle import (
 )
 from deepspeed.runtime.config_reader import read_config
 from deepspeed.runtime.config_schema import DeepSpeedConfigDocument, prepare_document
-from deepspeed.runtime.config_sections.quantization import EigenvalueConfig
 from deepspeed.runtime.config_utils import ConfigReport, DeepSpeedConfigModel, explain, facts_of, join, nested_model
 from deepspeed.runtime.feature_gates import inert_settings, refuse_missing_features
 from deepspeed.runtime.optimizer_config import KNOWN_OPTIMIZERS
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils.logging import log_dist, logger, set_log_level_from_string
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.config_sections.quantization import EigenvalueConfig
 
 __all__ = [
     "BatchSizeError",

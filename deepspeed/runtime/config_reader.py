@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hjson
-
 from deepspeed.errors import ConfigError
 
 __all__ = ["read_config"]
@@ -81,6 +79,8 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         # Strict JSON first: it is the common case, and Hjson would read a bare word as text.
         document = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
+        import hjson  # noqa: PLC0415 - most files are plain JSON
+
         try:
             document = hjson.loads(text, object_pairs_hook=unique)
         except hjson.HjsonDecodeError as error:

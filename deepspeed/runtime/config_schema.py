@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 from typing_extensions import Self
 
 from deepspeed.errors import ConfigError
-from deepspeed.runtime.activation_checkpointing.config import DeepSpeedActivationCheckpointingConfig
 from deepspeed.runtime.batch_config import BatchKeys
 from deepspeed.runtime.comm_config import CommunicationKeys
+from deepspeed.runtime.config_later import HasSectionsLater, later
 from deepspeed.runtime.config_sections.aio import AioConfig
-from deepspeed.runtime.config_sections.autotuning import DeepSpeedAutotuningConfig
-from deepspeed.runtime.config_sections.checkpoint import CheckpointConfig, DataStatesConfig, DeepSpeedNebulaConfig
-from deepspeed.runtime.config_sections.compression import CompressionConfig
-from deepspeed.runtime.config_sections.data_efficiency import DataEfficiencyConfig, LegacyCurriculumConfig
-from deepspeed.runtime.config_sections.elasticity import ElasticityConfig
-from deepspeed.runtime.config_sections.engines import (
-    CompileConfig,
-    HybridEngineConfig,
-    PLDConfig,
-    SparseAttentionConfig,
-)
-from deepspeed.runtime.config_sections.monitor import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-from deepspeed.runtime.config_sections.parallel import ExpertParallelConfig, PipelineConfig, TensorParallelConfig
-from deepspeed.runtime.config_sections.profiling import CommsLoggerConfig, DeepSpeedFlopsProfilerConfig
-from deepspeed.runtime.config_sections.quantization import QuantizeTrainingConfig, WeightQuantizationConfig
 from deepspeed.runtime.config_types import Bool, NonNegInt, as_bool
 from deepspeed.runtime.config_utils import ConfigReport, key, prepare, section, walk_fields
 from deepspeed.runtime.logging_config import LoggingKeys
@@ -42,6 +27,51 @@ from deepspeed.runtime.precision_config import (
 )
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+if TYPE_CHECKING:
+    from deepspeed.runtime.activation_checkpointing.config import DeepSpeedActivationCheckpointingConfig
+    from deepspeed.runtime.config_sections.autotuning import DeepSpeedAutotuningConfig
+    from deepspeed.runtime.config_sections.checkpoint import CheckpointConfig, DataStatesConfig, DeepSpeedNebulaConfig
+    from deepspeed.runtime.config_sections.compression import CompressionConfig
+    from deepspeed.runtime.config_sections.data_efficiency import DataEfficiencyConfig, LegacyCurriculumConfig
+    from deepspeed.runtime.config_sections.elasticity import ElasticityConfig
+    from deepspeed.runtime.config_sections.engines import (
+        CompileConfig,
+        HybridEngineConfig,
+        PLDConfig,
+        SparseAttentionConfig,
+    )
+    from deepspeed.runtime.config_sections.monitor import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.config_sections.parallel import ExpertParallelConfig, PipelineConfig, TensorParallelConfig
+    from deepspeed.runtime.config_sections.profiling import CommsLoggerConfig, DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.config_sections.quantization import QuantizeTrainingConfig, WeightQuantizationConfig
+else:
+    DeepSpeedActivationCheckpointingConfig = later(
+        "deepspeed.runtime.activation_checkpointing.config:DeepSpeedActivationCheckpointingConfig"
+    )
+    DeepSpeedAutotuningConfig = later("deepspeed.runtime.config_sections.autotuning:DeepSpeedAutotuningConfig")
+    CheckpointConfig = later("deepspeed.runtime.config_sections.checkpoint:CheckpointConfig")
+    DataStatesConfig = later("deepspeed.runtime.config_sections.checkpoint:DataStatesConfig")
+    DeepSpeedNebulaConfig = later("deepspeed.runtime.config_sections.checkpoint:DeepSpeedNebulaConfig")
+    CompressionConfig = later("deepspeed.runtime.config_sections.compression:CompressionConfig")
+    DataEfficiencyConfig = later("deepspeed.runtime.config_sections.data_efficiency:DataEfficiencyConfig")
+    LegacyCurriculumConfig = later("deepspeed.runtime.config_sections.data_efficiency:LegacyCurriculumConfig")
+    ElasticityConfig = later("deepspeed.runtime.config_sections.elasticity:ElasticityConfig")
+    CompileConfig = later("deepspeed.runtime.config_sections.engines:CompileConfig")
+    HybridEngineConfig = later("deepspeed.runtime.config_sections.engines:HybridEngineConfig")
+    PLDConfig = later("deepspeed.runtime.config_sections.engines:PLDConfig")
+    SparseAttentionConfig = later("deepspeed.runtime.config_sections.engines:SparseAttentionConfig")
+    CometConfig = later("deepspeed.runtime.config_sections.monitor:CometConfig")
+    CSVConfig = later("deepspeed.runtime.config_sections.monitor:CSVConfig")
+    TensorBoardConfig = later("deepspeed.runtime.config_sections.monitor:TensorBoardConfig")
+    WandbConfig = later("deepspeed.runtime.config_sections.monitor:WandbConfig")
+    ExpertParallelConfig = later("deepspeed.runtime.config_sections.parallel:ExpertParallelConfig")
+    PipelineConfig = later("deepspeed.runtime.config_sections.parallel:PipelineConfig")
+    TensorParallelConfig = later("deepspeed.runtime.config_sections.parallel:TensorParallelConfig")
+    CommsLoggerConfig = later("deepspeed.runtime.config_sections.profiling:CommsLoggerConfig")
+    DeepSpeedFlopsProfilerConfig = later("deepspeed.runtime.config_sections.profiling:DeepSpeedFlopsProfilerConfig")
+    QuantizeTrainingConfig = later("deepspeed.runtime.config_sections.quantization:QuantizeTrainingConfig")
+    WeightQuantizationConfig = later("deepspeed.runtime.config_sections.quantization:WeightQuantizationConfig")
+
 __all__ = ["CLIENT_KEYS", "DeepSpeedConfigDocument", "prepare_document"]
 
 #: Top-level keys that clients write for themselves or for patches of theirs; taken without a word and not read here.
@@ -50,7 +80,7 @@ CLIENT_KEYS = frozenset({"msamp", "inference"})
 _ALLGATHER_SIZE = 500_000_000
 
 
-class DeepSpeedConfigDocument(OptimizerKeys, CommunicationKeys, LoggingKeys, BatchKeys):
+class DeepSpeedConfigDocument(OptimizerKeys, CommunicationKeys, LoggingKeys, BatchKeys, HasSectionsLater):
     """A whole config. Parsing only: batch sizes are not yet solved and no feature is refused."""
 
     strict: Bool = key(False, "Unknown keys are errors instead of warnings.", since="1.0.0")
@@ -122,7 +152,7 @@ def prepare_document(raw: Mapping[Any, Any], report: ConfigReport) -> dict[str, 
     clients write for themselves are passed over: :data:`CLIENT_KEYS`, and dotted copies of known keys
     (``"zero_optimization.reduce_bucket_size"``).
     """
-    report.homes = _homes()
+    report.homes = _homes
     top: dict[Any, Any] = {}
     sections = DeepSpeedConfigDocument.model_fields
     for name, value in raw.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -77,6 +77,15 @@ def section(
     return Field(default_factory=model.model_construct, description=doc, json_schema_extra=extra)
 
 
+class StandIn:
+    """Base of what stands in a field's annotation for a section model that is imported later; see ``config_later``."""
+
+    @classmethod
+    def model(cls) -> type[DeepSpeedConfigModel]:
+        """The model itself."""
+        raise NotImplementedError(cls.__name__)
+
+
 class PreparedSection(dict[str, Any]):
     """A mapping that :func:`prepare` has been over; nested models take it as it is."""
 
@@ -105,12 +114,17 @@ class DeepSpeedConfigModel(BaseModel):
     def _prepare_keys(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping) or isinstance(data, PreparedSection):
             return data
-        if _assigning.get() and data.keys() >= cls.model_fields.keys():
+        if _assigning.get() and data.keys() >= cls._always_there():
             return data  # the values of a whole model, one of them new: nothing that a user wrote
         report = ConfigReport()
         prepared = prepare(cls, data, cls.place, report)
         report.say()
         return prepared
+
+    @classmethod
+    def _always_there(cls) -> Set[str]:
+        """Fields that have a value in every instance."""
+        return cls.model_fields.keys()
 
     def __setattr__(self, name: str, value: Any) -> None:
         token = _assigning.set(True)
@@ -128,7 +142,7 @@ class ConfigReport:
     written: dict[str, str] = field(default_factory=dict)
     unknown: list[tuple[str, str]] = field(default_factory=list)  # place and hint
     notes: list[str] = field(default_factory=list)
-    homes: Mapping[str, str] = field(default_factory=dict)  # key -> its place in the whole document, for hints
+    homes: Callable[[], Mapping[str, str]] = dict  # gives key -> its place in the whole document, for hints
 
     def origin(self, place: str) -> str:
         """Where the value at a place came from; ``default`` if the user said nothing."""
@@ -277,6 +291,8 @@ def nested_model(model: type[DeepSpeedConfigModel], name: str) -> tuple[str, typ
 def _model_in(annotation: Any) -> tuple[str, type[DeepSpeedConfigModel]] | None:
     if isinstance(annotation, type) and issubclass(annotation, DeepSpeedConfigModel):
         return "one", annotation
+    if isinstance(annotation, type) and issubclass(annotation, StandIn):
+        return "one", annotation.model()
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         found = [m for m in map(_model_in, args) if m is not None]
@@ -305,17 +321,18 @@ def hint(written: str, model: type[DeepSpeedConfigModel], place: str, report: Co
     names = list(field_names(model))
     flat = {n.lower().replace("-", "_"): n for n in names}
     near = flat.get(written.lower().replace("-", "_"))
-    if near is None and written not in report.homes:
+    homes = report.homes()
+    if near is None and written not in homes:
         close = difflib.get_close_matches(written.lower(), names, n=1, cutoff=0.6)
         near = close[0] if close else None
     if near is not None:
         return f"; did you mean {join(place, near)!r}?"
-    if written in report.homes:
-        home = report.homes[written]
+    if written in homes:
+        home = homes[written]
         return f"; did you mean {home!r}{'' if '.' in home else ' at the top level'}?"
-    far = difflib.get_close_matches(written.lower(), list(report.homes), n=1, cutoff=0.8)
+    far = difflib.get_close_matches(written.lower(), list(homes), n=1, cutoff=0.8)
     if far:
-        return f"; did you mean {report.homes[far[0]]!r}?"
+        return f"; did you mean {homes[far[0]]!r}?"
     return f"; the keys of {place or 'the top level'} are listed in docs/config-reference.md"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.errors import MissingFeatureError
+from deepspeed.runtime.config_later import is_read
 from deepspeed.runtime.config_schema import DeepSpeedConfigDocument
 from deepspeed.runtime.config_utils import ConfigReport, DeepSpeedConfigModel, join
 
@@ -171,6 +172,8 @@ def _values_at(document: DeepSpeedConfigModel, key: str) -> Iterator[tuple[str, 
     *path, last = key.split(".")
     holder: Any = document
     for name in path:
+        if not is_read(holder, name):  # nobody has set anything there
+            return
         holder = getattr(holder, name)
         if holder is None:
             return

@@ -86,8 +86,8 @@ def imports_of(module: str, path: Path) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "on_first_use" and node.args:
-            found.append((node.lineno, ast.literal_eval(node.args[0])))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("on_first_use", "later") and node.args:
+            found.append((node.lineno, ast.literal_eval(node.args[0]).partition(":")[0]))
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
