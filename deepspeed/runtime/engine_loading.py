@@ -35,6 +35,7 @@ from deepspeed._core.ckpt.reader import NativeZeroReader, ZeroReader
 from deepspeed._core.ckpt.staging import tag_of
 from deepspeed._core.ckpt.universal import UniversalReader, is_universal
 from deepspeed._core.ckpt.weights import PartitionedWeights, is_partitioned
+from deepspeed._core.lazy import no_collection
 from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
@@ -110,7 +111,8 @@ def load(
                 f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
             )
             return None, None
-        with gathered_files(engine, choice.folder) as whole:
+        # What is read is many small objects, and torch's heap is large: collections took as long as reading them.
+        with gathered_files(engine, choice.folder) as whole, no_collection():
             try:
                 opened, client_state = _load_from(engine, replace(choice, folder=whole), load_dir, what)
                 break
@@ -274,8 +276,8 @@ def _open(engine: DeepSpeedEngine, folder: Path, what: LoadWhat) -> _Opened:
     if opened.weights is not None:
         return opened
     names = [list(group) for group in optimizer_state.group_shapes(flat)]
-    reader = (UniversalReader if universal else NativeZeroReader)(folder, param_names=names, mp_rank=mp_rank)
-    return _Opened(path, reader.model_state, reader, None)
+    kind = UniversalReader if universal else NativeZeroReader
+    return replace(opened, reader=kind(folder, param_names=names, mp_rank=mp_rank, model_state=state))
 
 
 def _check_module(engine: DeepSpeedEngine, opened: _Opened, what: LoadWhat) -> None:

@@ -169,18 +169,24 @@ class NativeZeroReader(ZeroReader):
         param_names: per group, the names of the trained parameters in optimizer order. Needed for stage 0 folders of
             the reference, which store none; elsewhere the files' own names count.
         mp_rank: model-parallel rank whose files to read.
+        model_state: content of the model file, if it has been loaded already.
 
     Raises:
         CheckpointError: files are missing, damaged or contradict each other.
     """
 
     def __init__(
-        self, tag_dir: str | os.PathLike[str], *, param_names: Sequence[Sequence[str]] | None = None, mp_rank: int = 0
+        self,
+        tag_dir: str | os.PathLike[str],
+        *,
+        param_names: Sequence[Sequence[str]] | None = None,
+        mp_rank: int = 0,
+        model_state: dict[str, Any] | None = None,
     ) -> None:
         folder = Path(tag_dir)
         path = model_states_path(tag_dir, mp_rank)
         self._whole_state: dict[str, dict[str, Any]] = {}
-        model_state: dict[str, Any] = load_file(path)
+        model_state = load_file(path) if model_state is None else model_state
         check_format(model_state, path)
         paths = optim_states_paths(tag_dir, mp_rank)
         shapes = read_zero_group_shapes(model_state)

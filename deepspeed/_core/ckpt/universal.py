@@ -66,17 +66,23 @@ class UniversalReader(ZeroReader):
         param_names: per group, the names of the trained parameters in optimizer order; needed where the model file has no
             ``param_shapes``.
         mp_rank: model-parallel rank whose model file to read.
+        model_state: content of the model file, if it has been loaded already.
 
     Raises:
         CheckpointError: files are missing, damaged or contradict each other.
     """
 
     def __init__(
-        self, tag_dir: str | os.PathLike[str], *, param_names: Sequence[Sequence[str]] | None = None, mp_rank: int = 0
+        self,
+        tag_dir: str | os.PathLike[str],
+        *,
+        param_names: Sequence[Sequence[str]] | None = None,
+        mp_rank: int = 0,
+        model_state: dict[str, Any] | None = None,
     ) -> None:
         folder = Path(tag_dir)
         model_path = model_states_path(tag_dir, mp_rank)
-        model_state = load_file(model_path)
+        model_state = load_file(model_path) if model_state is None else model_state
         check_format(model_state, model_path)
         shapes = read_zero_group_shapes(model_state)
         if shapes is None and param_names is None:
