@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -74,6 +75,9 @@ def on_first_use(name: str) -> types.ModuleType:
 
 
 def load_now(*modules: types.ModuleType) -> None:
-    """Imports what :func:`on_first_use` gave."""
-    for module in modules:
-        importlib.import_module(module.__name__)
+    """Imports what :func:`on_first_use` gave. Costs nothing where that has happened."""
+    missing = [module.__name__ for module in modules if module.__name__ not in sys.modules]
+    if missing:
+        with no_collection():
+            for name in missing:
+                importlib.import_module(name)

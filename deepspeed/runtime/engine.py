@@ -8,6 +8,7 @@ the optimizer (:mod:`deepspeed.runtime.flat_optimizer`), files in :mod:`deepspee
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,6 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         mpu: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        # Now, and not after hours of training, when other files may be installed.
-        load_now(dataloader, engine_loading, engine_saving, export, offload_states)
         super().__init__()
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(f"deepspeed.initialize: model must be a torch.nn.Module, not {type(model).__name__}")
@@ -99,7 +98,6 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
         self.collate_fn = collate_fn
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self.loaded_checkpoint_tag: str | None = None
-        self._saver = save.Saver()
         self._boundary: bool | None = None
         self._accumulate_only = False
         self._step_applied = False
@@ -184,6 +182,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def step(self, lr_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """At the accumulation boundary: clip, update, share the weights, zero the gradients, advance the schedule."""
         flat = self._require_optimizer("step")
+        # In the first minutes, and not for a save after hours of training, when other files may be installed.
+        load_now(dataloader, engine_loading, engine_saving, export, offload_states)
         if self.is_gradient_accumulation_boundary():
             doctor.now.phase = "step"
             with self._progress.phase("step"):
@@ -476,6 +476,11 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
         return engine_saving.consolidated(self, exclude_frozen_parameters)
 
+    @functools.cached_property
+    def _saver(self) -> save.Saver:
+        """Runs this engine's saves."""
+        return save.Saver()
+
     # -- life --------------------------------------------------------------------------------------------------------
 
     def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:  # type: ignore[override]
@@ -491,7 +496,8 @@ class DeepSpeedEngine(torch.nn.Module, ConfigGetters):
             CheckpointError: the checkpoint that was being saved in the background was not.
         """
         try:
-            self._saver.settle()
+            if "_saver" in vars(self):
+                self._saver.settle()
         finally:
             self._release()
 

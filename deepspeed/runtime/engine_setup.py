@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.lazy import on_first_use
 from deepspeed._core.pages import keep_freed_memory
-from deepspeed._core.params.hooks import coordinator_of
+from deepspeed._core.params import is_partitioned
 from deepspeed._core.precision.policy import PrecisionPolicy
 from deepspeed._core.reduce.reducer import ReducePolicy
 from deepspeed.accelerator import get_accelerator
@@ -28,15 +29,31 @@ from deepspeed.runtime.flat_optimizer import FlatOptimizer, FlatSettings, take_b
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import make_loss_scaler
 from deepspeed.runtime.lr_schedules import build_scheduler
-from deepspeed.runtime.zero.module_state import unwatch_state
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, partition_module
-from deepspeed.runtime.zero.partition_parameters import is_zero_param, unpartition
-from deepspeed.runtime.zero.shard_homes import shard_store
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.runtime.zero.topology import is_quantised
 from deepspeed.utils.logging import log_dist, warning_once
-from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
+
+if TYPE_CHECKING:
+    from deepspeed._core.params import hooks
+    from deepspeed.runtime.zero import (
+        module_state,
+        parameter_offload,
+        partition_parameters,
+        shard_homes,
+        stage3,
+        topology,
+    )
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.utils import z3_leaf_module
+else:
+    # For partitioned parameters only.
+    hooks = on_first_use("deepspeed._core.params.hooks")
+    module_state = on_first_use("deepspeed.runtime.zero.module_state")
+    parameter_offload = on_first_use("deepspeed.runtime.zero.parameter_offload")
+    partition_parameters = on_first_use("deepspeed.runtime.zero.partition_parameters")
+    shard_homes = on_first_use("deepspeed.runtime.zero.shard_homes")
+    stage3 = on_first_use("deepspeed.runtime.zero.stage3")
+    topology = on_first_use("deepspeed.runtime.zero.topology")
+    z3_leaf_module = on_first_use("deepspeed.utils.z3_leaf_module")
 
 __all__ = [
     "choose_device",
@@ -129,7 +146,7 @@ def prepare_module(
     """
     tensors: list[torch.Tensor] = []
     for param in module.parameters():
-        if param not in skip and not is_zero_param(param):
+        if param not in skip and not is_partitioned(param):
             dtype = policy.param_dtype if policy.param_dtype is not None and param.is_floating_point() else param.dtype
             if param.dtype != dtype or param.device != device:
                 param.data = param.data.to(device=device, dtype=dtype)
@@ -162,23 +179,23 @@ def partition_or_unite(
 ) -> DeepSpeedZeRoOffload | None:
     """Stage 3: partitions the module. Below: makes what zero.Init or an earlier engine partitioned whole. Collective."""
     if config.zero_optimization_stage == 3:
-        apply_zero_leaf_module_config(module, config.zero_config.leaf_module)
-        return partition_module(
+        z3_leaf_module.apply_zero_leaf_module_config(module, config.zero_config.leaf_module)
+        return parameter_offload.partition_module(
             module,
             config.zero_config,
             group=group,
             device=device,
             dtype=policy.param_dtype,
             keep_dtype=trained,
-            store=shard_store(config.zero_config, config.document.aio, device),
+            store=shard_homes.shard_store(config.zero_config, config.document.aio, device),
         )
-    united = unpartition(module.parameters())
-    if united:
+    if any(map(is_partitioned, module.parameters())):
+        united = partition_parameters.unpartition(module.parameters())
         for part in module.modules():
-            earlier = coordinator_of(part)
+            earlier = hooks.coordinator_of(part)
             if earlier is not None:
                 earlier.detach()
-        unwatch_state(module)
+        module_state.unwatch_state(module)
         log_dist(
             f"{united} partitioned parameters were made whole for ZeRO stage {int(config.zero_optimization_stage)}"
         )
@@ -295,10 +312,10 @@ def make_flat_optimizer(
     take_back(inner)
     kind: Callable[..., FlatOptimizer]
     if offload is not None:
-        if config.verify_gradients and is_quantised(offload.topology.reduce):
+        if config.verify_gradients and topology.is_quantised(offload.topology.reduce):
             raise ConfigError("verify_gradients compares exactly, and zero_quantized_gradients rounds: use one of them")
         kind = functools.partial(
-            DeepSpeedZeroOptimizer_Stage3, parameter_offload=offload, transport=offload.topology.reduce
+            stage3.DeepSpeedZeroOptimizer_Stage3, parameter_offload=offload, transport=offload.topology.reduce
         )
     elif stage > 0:
         kind = DeepSpeedZeroOptimizer

@@ -177,7 +177,7 @@ class FlatOptimizer(ShardOwner):
         return buckets
 
     def _move_into(self, buckets: Sequence[Bucket]) -> None:
-        """Fills the buckets with rank 0's values, copying one while another travels."""
+        """Fills the buckets with rank 0's values, which copies one while another travels."""
         waiting: list[tuple[Bucket, torch.Tensor, Any]] = []
 
         def finish() -> None:
@@ -190,12 +190,15 @@ class FlatOptimizer(ShardOwner):
                 self.states.adopt(bucket)
 
         first = self.transport.global_rank(0)
+        sends = self.transport.rank == 0
+        # Who copies nothing meanwhile frees the parameters of one bucket before it touches the memory of the next.
+        ahead = 1 if sends and self.transport.world_size > 1 else 0
         for bucket in buckets:
-            source, work = bucket.collect(), None
+            source, work = bucket.collect(values=sends), None
             if self.transport.world_size > 1:
                 work = dist.broadcast(source, src=first, group=self.dp_process_group, async_op=True)
             waiting.append((bucket, source, work))
-            if len(waiting) > 1:
+            if len(waiting) > ahead:
                 finish()
         while waiting:
             finish()

@@ -24,9 +24,13 @@ HEAVY = (
 )
 
 
-def run(code: str) -> str:
+def run(code: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
     )
     assert not done.stderr
     return done.stdout
@@ -56,6 +60,30 @@ def test_the_engine_class_comes_without_an_engine_s_parts():
     assert [name for name in loaded if not name.startswith("deepspeed")] == []
     assert not [name for name in loaded if name.startswith(("deepspeed.ops", "deepspeed.launcher"))]
     assert len(loaded) <= 36, loaded
+
+
+def test_an_engine_imports_what_its_run_needs_and_the_first_step_what_a_save_will(tmp_path):
+    out = run(
+        "import json, sys, torch, deepspeed;"
+        f"torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1);"
+        "config = {'train_batch_size': 1, 'zero_optimization': {'stage': 2}, 'optimizer': {'type': 'Adam'}};"
+        "engine, *_ = deepspeed.initialize(model=torch.nn.Linear(2, 2), config=config);"
+        "before = sorted(sys.modules); engine.backward(engine(torch.ones(1, 2)).sum()); engine.step();"
+        "after = sorted(sys.modules); engine.save_checkpoint(sys.argv[1]); engine.load_checkpoint(sys.argv[1]);"
+        "engine.export_safetensors(sys.argv[1] + '/weights');"
+        "print(json.dumps([before, after, sorted(sys.modules)])); engine.destroy()",
+        str(tmp_path / "checkpoints"),
+    )
+    before, after, later = ({n for n in found if n.startswith("deepspeed.")} for found in json.loads(out))
+    rest = (
+        "deepspeed._core.params.",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.engine_saving",
+        "deepspeed._core.quant",
+    )
+    assert not [name for name in before if name.startswith(rest)] and len(before) < 130, sorted(before)
+    # By the time of a save, hours later, the files on disk may be those of another version.
+    assert later == after
 
 
 def test_attributes_exist_after_a_bare_import():

@@ -105,17 +105,19 @@ class Bucket:
         """This rank's slice of a full buffer, a view."""
         return flat[self.rank * self.shard_numel : (self.rank + 1) * self.shard_numel]
 
-    def collect(self) -> torch.Tensor:
+    def collect(self, *, values: bool = True) -> torch.Tensor:
         """The parameters' values as they were given, in a new full buffer: what rank 0 broadcasts and :meth:`adopt` takes.
 
-        fp32 if any of them is: a bf16 model built in fp32 keeps its fp32 values in the master copy.
+        fp32 if any of them is: a bf16 model built in fp32 keeps its fp32 values in the master copy. Without ``values``
+        the buffer's memory is not even touched, for a rank that receives into all of it.
         """
         wide = any(slot.param.dtype == torch.float32 for slot in self.slots)
         source = empty_flat(self.numel, torch.float32 if wide else self.weight_dtype, self.device)
-        for low, high in self._gaps:
-            source[low:high].zero_()
-        for slot in self.slots:
-            slot.view(source).copy_(slot.param.detach())
+        if values:
+            for low, high in self._gaps:
+                source[low:high].zero_()
+            for slot in self.slots:
+                slot.view(source).copy_(slot.param.detach())
         return source
 
     def adopt(self, source: torch.Tensor, *, sharded_master: bool) -> None:
