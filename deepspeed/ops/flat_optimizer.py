@@ -9,7 +9,7 @@ on each, which takes the gradient in whatever dtype it was reduced, the factor t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -170,7 +170,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 loss = closure()
         scale = self._grad_scale_of_step()
         for group in self.param_groups:
-            self._step_group(group, [p for p in group["params"] if p.grad is not None], scale)
+            params = [p for p in group["params"] if p.grad is not None]
+            self.step_tensors(params, [p.grad for p in params], group, grad_scale=scale)
         return loss
 
     @torch.no_grad()
@@ -212,10 +213,13 @@ class FlatOptimizer(torch.optim.Optimizer):
         if not p.is_contiguous():
             p.copy_(flat.view(p.shape))
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: float) -> None:
-        for p in params:
-            if p.grad is not None:
-                self.step_tensor(p, p.grad, group, grad_scale=grad_scale)
+    @torch.no_grad()
+    def step_tensors(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, Any], *, grad_scale: float = 1.0
+    ) -> None:
+        """:meth:`step_tensor` for many tensors of a group, with as many gradients; rules may take several at once."""
+        for p, grad in zip(params, grads, strict=True):
+            self.step_tensor(p, grad, group, grad_scale=grad_scale)
 
     def _grad_scale_of_step(self) -> float:
         """The factor on all gradients of this ``step()``; for rules that clip by themselves."""

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -749,3 +750,27 @@ def test_a_compiler_that_fails_leaves_the_tiles(monkeypatch, tmp_path):
     finally:
         native._build.cache_clear()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [FusedAdam, DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad])
+@pytest.mark.parametrize("grad_scale", [1.0, 0.5])
+def test_many_tensors_at_once_are_as_one_after_the_other(kind: Any, grad_scale: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = [torch.randn(shape, generator=generator) for shape in ((5,), (3, 4), (), (7,), (0,))]
+    grads = [torch.randn(value.shape, generator=generator) for value in values]
+    grads[3] = grads[3].to(torch.bfloat16)  # not one for a fused call
+    results = []
+    for together in (True, False):
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        optimizer = kind(params, lr=0.1)
+        group = optimizer.param_groups[0]
+        for _ in range(3):
+            if together:
+                optimizer.step_tensors(params, [grad.clone() for grad in grads], group, grad_scale=grad_scale)
+            else:
+                for param, grad in zip(params, grads, strict=True):
+                    optimizer.step_tensor(param, grad.clone(), group, grad_scale=grad_scale)
+        results.append([param.detach() for param in params])
+        assert all(float(optimizer.state[param]["step"]) == 3 for param in params)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

@@ -41,6 +41,16 @@ class TensorOptimizer(Protocol):
     ) -> None:
         """Updates ``p`` (fp32) in place with ``grad * grad_scale``; writes its rounding to ``lowp_out``, if given."""
 
+    def step_tensors(
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        group: dict[str, Any],
+        *,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """:meth:`step_tensor` for many tensors."""
+
 
 @dataclass(frozen=True)
 class UpdateItem:
@@ -88,7 +98,7 @@ Publish = Callable[[Bucket], Pending]
 
 
 def _in_turn(
-    buckets: Sequence[Bucket], states: ShardStates | None, step: Callable[[Bucket, UpdateItem], None], publish: Publish
+    buckets: Sequence[Bucket], states: ShardStates, step: Callable[[Bucket, UpdateItem], None], publish: Publish
 ) -> None:
     """Steps tensor by tensor, while the weights of buckets that are done travel.
 
@@ -97,10 +107,10 @@ def _in_turn(
     pending: list[Pending] = []
     failure: Exception | None = None
     try:
-        with states.updating(buckets) if states is not None else contextlib.nullcontext() as update:
+        with states.updating(buckets) as update:
             for bucket in buckets:
                 for item in items_of(bucket, states):
-                    with update.open(item.tile) if update is not None and item.tile else contextlib.nullcontext():
+                    with update.open(item.tile) if item.tile is not None else contextlib.nullcontext():
                         step(bucket, item)
                 pending.append(publish(bucket))
     except OSError as error:
@@ -137,14 +147,27 @@ class KernelStepper:
         if self._states is not None:
             _in_turn(buckets, self._states, lambda bucket, item: self._step(bucket, item, factor), publish)
             return
-        keys = {id(bucket): iter(self._masters[bucket.index]) for bucket in buckets}
-
-        def step(bucket: Bucket, item: UpdateItem) -> None:
-            # The state belongs to the tensors in the groups, of which items are views.
+        pending = []
+        for bucket in buckets:
             with replicas_agree():
-                self._step(bucket, replace(item, master=next(keys[id(bucket)])), factor)
+                self._step_whole(bucket, factor)
+            pending.append(publish(bucket))
+        for gather in pending:
+            gather.wait()
 
-        _in_turn(buckets, None, step, publish)
+    def _step_whole(self, bucket: Bucket, factor: float) -> None:
+        """Every parameter of a bucket (stage 0)."""
+        items = list(items_of(bucket, None))
+        # The state belongs to the tensors in the groups, of which items are views.
+        masters = self._masters[bucket.index]
+        if all(item.aliased for item in items):
+            grads = [item.grad for item in items]
+            self._optimizer.step_tensors(
+                masters, grads, self._optimizer.param_groups[bucket.group_index], grad_scale=factor
+            )
+            return
+        for item, master in zip(items, masters, strict=True):
+            self._step(bucket, replace(item, master=master), factor)
 
     def _step(self, bucket: Bucket, item: UpdateItem, factor: float) -> None:
         group = self._optimizer.param_groups[bucket.group_index]
@@ -171,7 +194,7 @@ class TorchStepper:
 
     def update(self, buckets: Sequence[Bucket], factor: float, publish: Publish) -> None:
         if self._states is not None and self._states.files is not None:
-            self._update_in_turn(buckets, factor, publish)
+            self._update_in_turn(buckets, self._states, factor, publish)
             return
         for bucket in buckets:
             for master, grad in zip(self._masters[bucket.index], _grads_of(bucket, self._states), strict=True):
@@ -187,7 +210,7 @@ class TorchStepper:
         for gather in pending:
             gather.wait()
 
-    def _update_in_turn(self, buckets: Sequence[Bucket], factor: float, publish: Publish) -> None:
+    def _update_in_turn(self, buckets: Sequence[Bucket], states: ShardStates, factor: float, publish: Publish) -> None:
         groups = self._optimizer.param_groups
         params = [group["params"] for group in groups]
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -206,7 +229,7 @@ class TorchStepper:
                 item.weights.copy_(item.master.detach())
 
         try:
-            _in_turn(buckets, self._states, step, publish)
+            _in_turn(buckets, states, step, publish)
         finally:
             for group, held in zip(groups, params, strict=True):
                 group["params"] = held

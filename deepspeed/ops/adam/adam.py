@@ -6,7 +6,7 @@ and ``adam_w_mode`` (decoupled weight decay, the default) are read by ``deepspee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,38 +51,40 @@ class _Adam(FlatOptimizer):
         m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         adam_(p, grad, m, v, step=step, grad_scale=grad_scale, lowp_out=lowp_out, **self._rule(group))
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: float) -> None:
-        # Many small parameters in few fused calls: those that need no conversion, by (step, dtype, device).
-        batches: dict[tuple[float, torch.dtype, torch.device], list[Tensor]] = {}
-        rest = []
-        for p in params:
+    @torch.no_grad()
+    def step_tensors(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, Any], *, grad_scale: float = 1.0
+    ) -> None:
+        """See :meth:`FlatOptimizer.step_tensors`. Small tensors that need no conversion go in few fused calls."""
+        batches: dict[tuple[float, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
+        for p, grad in zip(params, grads, strict=True):
             state = self._state_of(p, group)
-            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"])
             if (
                 grad_scale == 1.0
                 and p.numel() < BATCH_MAX_NUMEL
+                and p.numel() == grad.numel()
                 and all(_is_plain(t, compute_dtype(p)) for t in tensors)
             ):
-                batches.setdefault((float(state["step"]), p.dtype, p.device), []).append(p)
+                batches.setdefault((float(state["step"]), p.dtype, p.device), []).append((p, grad))
             else:
-                rest.append(p)
+                self.step_tensor(p, grad, group, grad_scale=grad_scale)
         for (done, _, _), batch in batches.items():
-            states = [self.state[p] for p in batch]
+            states = [self.state[p] for p, _ in batch]
             for state in states:
                 state["step"].add_(1.0)
             adam_many_(
-                [p.detach() for p in batch],
-                [p.grad for p in batch if p.grad is not None],
+                [p.detach() for p, _ in batch],
+                [grad.detach().view_as(p) for p, grad in batch],
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 step=done + 1.0,
                 **self._rule(group),
             )
-        super()._step_group(group, rest, grad_scale)
 
 
-def _is_plain(t: Tensor | None, dtype: torch.dtype) -> bool:
-    return t is not None and t.layout is torch.strided and t.dtype == dtype and t.is_contiguous() and t.numel() > 0
+def _is_plain(t: Tensor, dtype: torch.dtype) -> bool:
+    return t.layout is torch.strided and t.dtype == dtype and t.is_contiguous() and t.numel() > 0
 
 
 class DeepSpeedCPUAdam(_Adam):
