@@ -1,6 +1,6 @@
 """Sections whose model is imported when a document names them, or when somebody reads them.
 
-Most programs use few of the 33 sections: the models of the others would cost each start of a program some 0.1 s.
+Most programs use few of the sections: the 50 models of the others would cost each start of a program some 0.05 s.
 
 A field's annotation is then a stand-in (:func:`later`) for the model. As long as nothing is known but the defaults, the
 section is absent from the document's values; :class:`HasSectionsLater` puts the model's defaults there on first access.

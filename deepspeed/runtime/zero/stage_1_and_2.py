@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from deepspeed._core.lazy import attach
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
-from deepspeed.runtime.zero.estimate import (
-    estimate_zero2_model_states_mem_needs,
-    estimate_zero2_model_states_mem_needs_all_cold,
-    estimate_zero2_model_states_mem_needs_all_live,
-)
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.estimate import (
+        estimate_zero2_model_states_mem_needs,
+        estimate_zero2_model_states_mem_needs_all_cold,
+        estimate_zero2_model_states_mem_needs_all_live,
+    )
 
 __all__ = [
     "DeepSpeedZeroOptimizer",
@@ -15,6 +20,11 @@ __all__ = [
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",
 ]
+
+# Documented here, and of no use to an engine.
+__getattr__, __dir__ = attach(
+    __name__, names={name: f"deepspeed.runtime.zero.estimate:{name}" for name in __all__ if name.startswith("estimate")}
+)
 
 
 class DeepSpeedZeroOptimizer(FlatOptimizer):
