@@ -351,6 +351,7 @@ def _names(module: torch.nn.Module, inner: torch.optim.Optimizer) -> Mapping[tor
 
 def _reduce_policy(config: DeepSpeedConfig, world_size: int) -> ReducePolicy:
     zero = config.zero_config
+    offloaded = optimizer_offload.offload_policy(zero, config.document.aio) is not None
     factor = float(config.gradient_predivide_factor)
     if factor != 1.0:
         pre = 1.0 / factor
@@ -362,7 +363,7 @@ def _reduce_policy(config: DeepSpeedConfig, world_size: int) -> ReducePolicy:
         overlap=bool(zero.overlap_comm),
         contiguous=zero.contiguous_gradients,
         use_reduce_scatter=zero.reduce_scatter or config.zero_optimization_stage == 3,
-        keep_buffers=config.zero_optimization_stage < 3,
+        keep_buffers=config.zero_optimization_stage < 3 and not offloaded,
         pre_scale=pre,
         post_scale=1.0 / (world_size * pre),
     )

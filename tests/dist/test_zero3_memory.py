@@ -62,7 +62,8 @@ def _after_steps(rank: int, world: int) -> None:
             shards, persistent = [], []
             for bucket in flat.buckets:
                 assert bucket.grad_full is None
-                shards += [bucket.weights, bucket.master, bucket.grad_shard]
+                assert not bucket.grad_shard.untyped_storage().nbytes()
+                shards += [bucket.weights, bucket.master]
                 shards += [v for v in flat.optimizer.state[bucket.master].values() if v.numel() == bucket.shard_numel]
             persistent = [h.full for h in coordinator(engine).handles if h.persistent]
             known = {_address(t) for t in shards + persistent}
@@ -74,8 +75,8 @@ def _after_steps(rank: int, world: int) -> None:
             assert (whole == 0) == (threshold == 0) and (whole == numel) == (threshold == 10**6)
             row = sum(bucket.shard_numel for bucket in flat.buckets)
             assert numel <= row * world < numel + world * len(list(model.parameters()))
-            # fp32: weights, gradient, two moments; bf16: another two bytes of weights.
-            per_element = 18 if precision else 16
+            # fp32: weights and two moments; bf16: another two bytes of weights.
+            per_element = 14 if precision else 12
             nbytes = sum(n for a, n in found.items() if a in {_address(t) for t in shards})
             assert nbytes == per_element * row
 

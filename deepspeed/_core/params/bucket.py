@@ -214,7 +214,7 @@ class ShardBucket(Bucket):
             handle.trained = True
         if self.away:
             self.weights = source.new_empty(0, dtype=self.weight_dtype)
-        self.grad_shard = empty_flat(self.shard_numel, self.accum_dtype, self.device)
+        self.free_shard()  # the first reduction makes it
 
     def settle_rebound(self) -> None:
         """Takes shards back whose ``ds_tensor.data`` a user has bound to other memory."""

@@ -128,13 +128,21 @@ class Bucket:
         kept = self.slice_of(source) if sharded_master else source
         own_memory = self.full_precision or (kept is source and source is not self.weights)
         self.master = kept if own_memory else kept.to(torch.float32, copy=True)
-        # Memory that the first reduction touches, not this: it writes all of it before anyone reads.
-        self.grad_shard = empty_flat(self.shard_numel, self.accum_dtype, self.device)
+        self.free_shard()  # the first reduction makes it
 
     @property
     def full_precision(self) -> bool:
         """Whether the weights are their own master copy."""
         return self.weight_dtype in (torch.float32, torch.float64) and not self.separate_master
+
+    def hold_shard(self) -> None:
+        """Makes ``grad_shard``, with unknown content, if its memory was given back."""
+        if self.grad_shard.numel() != self.shard_numel:
+            self.grad_shard = empty_flat(self.shard_numel, self.accum_dtype, self.device)
+
+    def free_shard(self) -> None:
+        """Gives the memory of ``grad_shard`` back; between windows it has no value that anyone needs."""
+        self.grad_shard = torch.empty(0, dtype=self.accum_dtype, device=self.device)
 
     def use_grad_buffer(self, buffer: torch.Tensor) -> None:
         """Takes a full buffer with unknown content; gaps and padding are zeroed, since they are reduced, too."""

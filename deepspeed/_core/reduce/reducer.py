@@ -59,7 +59,8 @@ class ReducePolicy:
     use_reduce_scatter: bool = True
     """``reduce_scatter``: false sends everything to everyone, as an all-reduce."""
     keep_buffers: bool = True
-    """Keep the memory of buffers from step to step. Stage 3 gives it back: after a step it holds its shards only."""
+    """Keep the memory of gradients from step to step. False (stage 3, and optimizer offload) gives all of it back after a
+    step: gradient shards then come to lie where the activations were that backward has freed."""
     pre_scale: float = 1.0
     """Factor before the sum over ranks (``prescale_gradients``, ``gradient_predivide_factor``)."""
     post_scale: float = 1.0
@@ -180,6 +181,7 @@ class GradReducer:
                 if id(slot) in self._late and slot.param.grad is not None:
                     bucket.write(extra, position, _dense(slot).mul(self.policy.pre_scale))
                     slot.param.grad = None
+            bucket.hold_shard()
             self.transport.reduce_scatter(
                 extra, bucket.grad_shard, scale=self.policy.post_scale, accumulate=bucket.reduced
             ).wait()
@@ -204,6 +206,9 @@ class GradReducer:
             bucket.new_window()
             if self.policy.every_backward:
                 self._give_back(bucket)
+            if not self.policy.keep_buffers:
+                bucket.grad_full = None
+                bucket.free_shard()
             for slot in bucket.slots:
                 slot.param.grad = None
         if not self.policy.keep_buffers:
@@ -319,6 +324,7 @@ class GradReducer:
         full = self._full(bucket)
         if self.policy.gather_result and not bucket.reduced:
             self._place_shard(bucket, full)
+        bucket.hold_shard()
         if full.dtype != bucket.comm_dtype:
             full = full.to(bucket.comm_dtype)
         bucket.launched = True
