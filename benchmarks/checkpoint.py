@@ -17,9 +17,7 @@ reading as many bytes in order, by the faster of buffered and direct I/O.
 Memory is the larger rank's peak during the call, above what was resident before it. No load is faster than the new memory
 that its moments need, so two processes filling as much are measured, too.
 
-A virtual machine may give memory that nobody uses back to its host within seconds, and getting it again takes 1 to 4 s a GB.
-That is no property of the software, so that loads are measured a second time with *memory ready*: until the moment they
-begin, other processes hold as much as is about to be needed, and have touched it.
+On a virtual machine new memory may come slowly, so loads are measured a second time with *memory ready*: see ready.py.
 """
 
 from __future__ import annotations
@@ -66,32 +64,13 @@ def _measured(found: dict[str, Any], name: str) -> Iterator[None]:
     dist.barrier()
 
 
-_HOLD = """
-import mmap, os, sys
-held = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for at in range(0, len(held), mmap.PAGESIZE):
-    held[at] = 1
-print("held", flush=True)
-sys.stdin.read()
-os._exit(0)
-"""
-
 _NEEDED_PER_PARAMETER = 20  # bytes: masters, moments, and room for what is thrown away
 
 
-@contextlib.contextmanager
-def _memory_ready(args: argparse.Namespace, found: dict[str, Any]) -> Iterator[None]:
-    """Has another process touch as much memory as this rank may need, and let go of it as the block begins."""
-    import torch.distributed as dist
+def _memory_ready(args: argparse.Namespace, found: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    from ready import memory_ready
 
-    if args.ready:
-        nbytes = _NEEDED_PER_PARAMETER * found["parameters"] // args.world
-        command = [sys.executable, "-c", _HOLD, str(nbytes)]
-        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        holder.stdout.readline()  # type: ignore[union-attr]
-        dist.barrier()
-        holder.communicate()
-    yield
+    return memory_ready(_NEEDED_PER_PARAMETER * found["parameters"] // args.world if args.ready else 0)
 
 
 def _engine(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> Any:

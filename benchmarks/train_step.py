@@ -82,6 +82,7 @@ class Candidate:
             command = [interpreter(name, args), str(HERE / "worker.py"), "--candidate", name, "--rank", str(rank)]
             for option in ("world", "threads", "micro_batch", "accumulation", "clipping", "dtype", "shape", "config"):
                 command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
+            command += ["--ready-mib", str(args.ready_mib)]
             if args.bind:
                 command += ["--core", str(cores[rank % len(cores)])]
             with self.logs[rank].open("w") as log:
@@ -346,6 +347,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bind", action="store_true", help="pin rank r to the r-th core")
+    parser.add_argument(
+        "--ready-mib",
+        type=int,
+        default=0,
+        help="memory that is ready for each rank when initialize begins; see ready.py",
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--import-repeats", type=int, default=3)

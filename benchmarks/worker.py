@@ -1,8 +1,8 @@
 """One rank of one candidate of train_step.py: sets up, then runs steps when told and blocks on its pipe when not.
 
 Speaks JSON lines: a command on stdin ({"do": "steps", "count": 3}), one answer on the descriptor that was stdout.
-Everything else that a library prints goes to stderr, which the driver keeps as this rank's log. This file and gpt.py
-import nothing of the repository, so that the released package can be measured by the same code from its own venv.
+Everything else that a library prints goes to stderr, which the driver keeps as this rank's log. This file, gpt.py and
+ready.py import nothing of the repository, so that the released package can be measured by the same code from its own venv.
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def serve(args: argparse.Namespace, answer: Any) -> None:
 
         facts |= {"import_s": time.perf_counter() - started, "origin": f"{deepspeed.__version__} {deepspeed.__file__}"}
     from gpt import GPT, Shape
+    from ready import memory_ready
 
     facts["base"] = memory()
     dist.init_process_group("gloo")
@@ -164,9 +165,10 @@ def serve(args: argparse.Namespace, answer: Any) -> None:
         model = GPT(shape)
     facts["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     dist.barrier()
-    started = time.perf_counter()
-    step = build(args, model)
-    facts["initialize_s"] = time.perf_counter() - started
+    with memory_ready(args.ready_mib << 20):
+        started = time.perf_counter()
+        step = build(args, model)
+        facts["initialize_s"] = time.perf_counter() - started
     del model
     print(json.dumps(facts), file=answer, flush=True)
 
@@ -203,6 +205,7 @@ def main() -> None:
     parser.add_argument("--shape", required=True)
     parser.add_argument("--config", required=True)
     parser.add_argument("--core", type=int)
+    parser.add_argument("--ready-mib", type=int, default=0)
     args = parser.parse_args()
     if args.core is not None:
         os.sched_setaffinity(0, {args.core})
