@@ -177,7 +177,7 @@ class FlatOptimizer(ShardOwner):
         return buckets
 
     def _move_into(self, buckets: Sequence[Bucket]) -> None:
-        """Fills the buckets with rank 0's values, which copies one while another travels."""
+        """Fills the buckets with rank 0's values, which copies one while another travels; those that all have stay."""
         waiting: list[tuple[Bucket, torch.Tensor, Any]] = []
 
         def finish() -> None:
@@ -193,15 +193,31 @@ class FlatOptimizer(ShardOwner):
         sends = self.transport.rank == 0
         # Who copies nothing meanwhile frees the parameters of one bucket before it touches the memory of the next.
         ahead = 1 if sends and self.transport.world_size > 1 else 0
-        for bucket in buckets:
-            source, work = bucket.collect(values=sends), None
-            if self.transport.world_size > 1:
+        for bucket, known in zip(buckets, self._known_to_all(buckets), strict=True):
+            source, work = bucket.collect(values=sends or known), None
+            if not known:
                 work = dist.broadcast(source, src=first, group=self.dp_process_group, async_op=True)
             waiting.append((bucket, source, work))
             if len(waiting) > ahead:
                 finish()
         while waiting:
             finish()
+
+    def _known_to_all(self, buckets: Sequence[Bucket]) -> list[bool]:
+        """For each bucket, whether all ranks have the same values, as they do after seeding alike or reading one file.
+
+        Then there is nothing to send. Summing is ten times faster than sending, but needs the values in host memory.
+        """
+        count, rank = len(buckets), self.transport.rank
+        if self.transport.world_size == 1 or not buckets:
+            return [True] * count
+        # A rank that cannot tell says what no other says.
+        mine = torch.tensor([b.fingerprint() if b.in_host_memory else rank for b in buckets], dtype=torch.int64)
+        extremes = torch.cat((mine, -mine)).to(buckets[0].device)
+        with doctor.waiting("all_reduce", "fingerprints of the initial weights"):
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.dp_process_group)
+        most, least = extremes.cpu().split(count)
+        return (most == -least).tolist()  # type: ignore[no-any-return]
 
     def _hand_over_masters(self) -> dict[int, list[torch.Tensor]]:
         """Puts the tensors to update into the optimizer's own group dicts, in place of the model's parameters."""

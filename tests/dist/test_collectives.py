@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+
 from deepspeed import comm
 from tests.helpers.dist import run_ranks
 from tests.helpers.models import batches
@@ -132,3 +134,29 @@ def _one_allocation(rank: int, world: int) -> None:
 
 def test_gradient_buffers_are_reused() -> None:
     run_ranks(_one_allocation, 2)
+
+
+def _start(rank: int, world: int) -> None:
+    zero = {"stage": 2, "reduce_bucket_size": 100}
+    for differing in ("nothing", "one bit", "all"):
+        torch.manual_seed(rank if differing == "all" else 7)
+        model = torch.nn.Sequential(*(torch.nn.Linear(9, 9) for _ in range(3)))
+        if differing == "one bit" and rank == world - 1:
+            bits = model[1].weight.data.view(torch.int32)
+            bits[4, 4] ^= 1
+        before = [p.detach().clone() for p in model.parameters()]
+        with comm.observe() as events:
+            engine = make_engine(model, {"zero_optimization": zero})
+        buckets = len(engine._flat.buckets)
+        assert buckets > 2
+        expected = {"nothing": 0, "one bit": 1, "all": buckets}[differing]
+        assert _traffic(events)["broadcast"] == expected, (differing, events)
+        for given, mine in zip(before, model.parameters(), strict=True):
+            comm.broadcast(given, 0)
+            assert torch.equal(given, mine.detach()), differing
+        engine.destroy()
+
+
+def test_weights_that_all_ranks_have_are_not_sent() -> None:
+    run_ranks(_start, 2)
+    run_ranks(_start, 3)

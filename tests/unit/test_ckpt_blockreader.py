@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspeed._core.checksum import crc32
 from deepspeed._core.ckpt import blockreader
 from deepspeed._core.ckpt.blockfile import FileSum
 from deepspeed._core.ckpt.blockreader import FileReader, Ranges
-from deepspeed._core.ckpt.checksum import crc32
 from deepspeed._core.ckpt.io import load_file
 from deepspeed.errors import CheckpointError
 

@@ -15,6 +15,7 @@ LAYERS = {
     "deepspeed": 6,
     "deepspeed.version": 0,
     "deepspeed.errors": 0,
+    "deepspeed._core.checksum": 0,
     "deepspeed._core.lazy": 0,
     "deepspeed._core.compat": 0,
     "deepspeed._core.bars": 0,

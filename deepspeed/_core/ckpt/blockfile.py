@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepspeed._core.ckpt.checksum import crc32
+from deepspeed._core.checksum import crc32
 from deepspeed.errors import CheckpointError
 
 __all__ = ["BLOCK_NBYTES", "BlockFile", "FileSum", "check_size"]

@@ -22,8 +22,8 @@ import torch
 from deepspeed._core.aio import DataFile, FileIO, aligned_empty
 from deepspeed._core.aio.engine import Transfer
 from deepspeed._core.aio.memory import PAGE_NBYTES
+from deepspeed._core.checksum import crc32
 from deepspeed._core.ckpt.blockfile import FileSum, check_size
-from deepspeed._core.ckpt.checksum import crc32
 from deepspeed.errors import CheckpointError
 
 __all__ = ["FileReader", "Ranges", "check_blocks"]

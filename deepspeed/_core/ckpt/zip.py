@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from deepspeed._core.ckpt.checksum import crc32
+from deepspeed._core.checksum import crc32
 
 __all__ = ["Sink", "ZipWriter"]
 

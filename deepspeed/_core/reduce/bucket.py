@@ -8,11 +8,13 @@ weights themselves in fp32); ``grad_full`` holds local gradients, ``grad_shard``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from deepspeed._core.checksum import fingerprint
 from deepspeed._core.layout.flat import BucketPlan
 from deepspeed._core.pages import empty_flat
 
@@ -119,6 +121,22 @@ class Bucket:
             for slot in self.slots:
                 slot.view(source).copy_(slot.param.detach())
         return source
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether the parameters' values, as they were given, are."""
+        return all(slot.param.device.type == "cpu" for slot in self.slots)
+
+    def fingerprint(self) -> int:
+        """Of the parameters' values, shapes and dtypes, which are in host memory."""
+
+        def parts() -> Iterator[Any]:
+            for slot in self.slots:
+                yield f"{slot.param.dtype} {tuple(slot.param.shape)}".encode()
+                if slot.numel:
+                    yield slot.param.detach().reshape(-1).view(torch.uint8).numpy()
+
+        return fingerprint(parts())
 
     def adopt(self, source: torch.Tensor, *, sharded_master: bool) -> None:
         """Points the parameters into a flat buffer with the values of ``source``, and makes the master copy."""
