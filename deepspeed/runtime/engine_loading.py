@@ -12,7 +12,7 @@ import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -139,13 +139,10 @@ def _load_from(
 ) -> tuple[_Opened, dict[str, Any]]:
     """Loads a folder that has all files of a checkpoint; returns it and the client state."""
     flat = engine._flat
-    try:
+    with _unless_damaged(choice):
         opened, names, plan = _prepare(engine, choice.folder, load_dir, what)
-    except CheckpointError:
-        check_rest(choice, {}, None)  # what was wrong may be damage
-        raise
-    ranges = _ranges(engine, choice)
-    staged = _stage(choice, plan, ranges) if choice.unchecked else None
+        ranges = _ranges(engine, choice)
+        staged = _stage(choice, plan, ranges) if choice.unchecked else None
     if flat is not None:
         flat.settle_weights()
     with contextlib.ExitStack() as undo:  # what a failure on any rank takes back
@@ -165,6 +162,22 @@ def _load_from(
     client_state = {key: value for key, value in opened.state.items() if key not in OWN_KEYS}
     # Clones, since the tensors are views of a file that may be removed.
     return opened, clone_tensors_for_torch_save(client_state)
+
+
+@contextlib.contextmanager
+def _unless_damaged(choice: Choice) -> Iterator[None]:
+    """Files that were not checked before may lead to any error: if they are damaged, that is the one to raise.
+
+    Collective, and so must be the errors of the block.
+    """
+    try:
+        yield
+    except DamagedError:
+        raise
+    except Exception:
+        if choice.unchecked:
+            check_rest(choice, {}, None)
+        raise
 
 
 def _prepare(

@@ -212,6 +212,13 @@ def truncate(path: Path, keep: float) -> None:
     os.truncate(path, int(keep * path.stat().st_size))
 
 
+def rename_key(path: Path, key: bytes) -> None:
+    """One bit that leaves a file that can be read, with another key in a dict."""
+    content = path.read_bytes()
+    at = content.index(bytes([len(key), 0, 0, 0]) + key) + 4
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
 def damages(names: list[str], seed: int, count: int) -> list[tuple[str, str, Callable[[Path], Any]]]:
     """File, what happens to it, and how."""
     draw = random.Random(seed)
@@ -224,6 +231,9 @@ def damages(names: list[str], seed: int, count: int) -> list[tuple[str, str, Cal
         made.append((name, f"truncated to {keep:.3f}", lambda p, keep=keep: truncate(p, keep)))
         made.append((name, "last bit flipped", lambda p: flip(p, 1.0, 0)))
         made.append((name, "emptied", lambda p: truncate(p, 0)))
+        if name.endswith("optim_states.pt"):
+            for key in (b"params", b"optimizer_state_dict", b"param_groups"):
+                made.append((name, f"{key!r} renamed", lambda p, key=key: rename_key(p, key)))
         made.append((name, "longer", lambda p: p.write_bytes(p.read_bytes() + b"x")))
         if name != MANIFEST:  # a folder without one is that of another program, and has no checksums
             made.append((name, "removed", os.unlink))

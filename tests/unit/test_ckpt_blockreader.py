@@ -23,12 +23,12 @@ from deepspeed.errors import CheckpointError
 BLOCK, PART = 16 << 10, 4 << 10
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_parts() -> Any:
+@pytest.fixture(autouse=True, scope="module", params=[PART, 40 << 10], ids=["parts of a block", "blocks in a part"])
+def small_parts(request: pytest.FixtureRequest) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockreader, "_PART_NBYTES", PART)
-        patch.setattr(blockreader, "_JOB_BLOCKS", 2)
-        yield
+        patch.setattr(blockreader, "_PART_NBYTES", request.param)
+        patch.setattr(blockreader, "_JOB_NBYTES", 2 * BLOCK)
+        yield request.param
 
 
 def sums(path: Path) -> FileSum:
@@ -115,6 +115,18 @@ def test_damage_is_found_where_it_is_read(tmp_path: Path, verify: bool, workers:
     elsewhere.run(lambda count: None)
     assert torch.equal(target, held["c"][10_000:])
     assert 1 not in elsewhere.checked["file.pt"]
+
+
+@given(st.sets(st.integers(0, 20)), st.sampled_from([1000, 4096, 7000, 60_000]), st.integers(1, 999))
+def test_blocks_are_read_whole_once_and_several_at_a_time(blocks: set[int], size: int, tail: int) -> None:
+    nbytes = 20 * size + tail
+    most = blockreader._PART_NBYTES
+    parts = list(blockreader._parts_of(sorted(blocks), size, nbytes))
+    assert all(0 < end - begin <= most for begin, end in parts)
+    read = [at for begin, end in parts for at in range(begin, end)]
+    assert read == [at for b in sorted(blocks) for at in range(b * size, min((b + 1) * size, nbytes))]
+    if len(blocks) == 21 and size <= most:
+        assert len(parts) <= -(-nbytes // (most // size * size))
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from deepspeed.errors import CheckpointError
 
 __all__ = ["BLOCK_NBYTES", "BlockFile", "FileSum", "check_size"]
 
-BLOCK_NBYTES = 16 << 20
-"""Bytes that one checksum covers: few numbers a file, and little more to read for those who want a part of it."""
+BLOCK_NBYTES = 1 << 20
+"""Bytes that one checksum covers: few numbers a file (11 MB of text for a TB), and little more to read for those who want a
+part of it. More ranks than saved want parts of a few MiB all over a file: by blocks of 16 MiB, each of them read it all."""
 
 _BUFFER_NBYTES = 8 << 20
 _Bytes = npt.NDArray[np.uint8]
@@ -49,7 +50,7 @@ class BlockFile:
 
     Args:
         path: must not exist.
-        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 16 MiB or is a multiple of it.
+        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 1 MiB or is a multiple of it.
         buffers: number of buffers, at least 1; with two, filling one and writing the other overlap.
     """
 

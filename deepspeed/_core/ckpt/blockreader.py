@@ -30,7 +30,7 @@ __all__ = ["FileReader", "Ranges", "check_blocks"]
 
 _PART_NBYTES = 8 << 20
 _AHEAD = 2
-_JOB_BLOCKS = 4
+_JOB_NBYTES = 64 << 20
 
 Progress = Callable[[int], object]
 
@@ -101,21 +101,40 @@ class FileReader:
 def _checked(
     reader: FileReader, path: Path, known: FileSum, blocks: Iterable[int]
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """All parts of some blocks; raises ``CheckpointError`` after the last part of a block that is not what was written."""
-    size = known.block_nbytes
-    bounds = [(block * size, min((block + 1) * size, known.nbytes)) for block in blocks]
-    spans = [(at, min(at + _PART_NBYTES, end)) for begin, end in bounds for at in range(begin, end, _PART_NBYTES)]
-    found = 0
-    for begin, end, data in reader.parts(path, spans):
-        found = crc32(data.numpy(), found if begin % size else 0)
+    """All parts of some blocks, in order; raises ``CheckpointError`` after a part that ends a block of other content."""
+    size, found = known.block_nbytes, 0
+    for begin, end, data in reader.parts(path, _parts_of(blocks, size, known.nbytes)):
+        damaged = None
+        # A part has several blocks, or a block several parts.
+        for at in range(begin, end, size):
+            block, stop = at // size, min(at + size, end)
+            found = crc32(data[at - begin : stop - begin].numpy(), found if at % size else 0)
+            if damaged is None and stop == min((block + 1) * size, known.nbytes) and found != known.crc32[block]:
+                damaged = block
         yield begin, end, data
-        block = begin // size
-        block_end = min((block + 1) * size, known.nbytes)
-        if end == block_end and found != known.crc32[block]:
+        if damaged is not None:
             raise CheckpointError(
-                f"{path} is damaged: its bytes {block * size} to {block_end} are not those that were written (the checksum "
-                "differs). Copy the file again, or load another tag"
+                f"{path} is damaged: its bytes {damaged * size} to {min((damaged + 1) * size, known.nbytes)} are not those "
+                "that were written (the checksum differs). Copy the file again, or load another tag"
             )
+
+
+def _parts_of(blocks: Iterable[int], size: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """What to read at a time: as many blocks as go into a part, or parts of each block."""
+    begin = end = -1
+    for block in blocks:
+        low, high = block * size, min((block + 1) * size, nbytes)
+        if low == end and high - begin <= _PART_NBYTES:
+            end = high
+            continue
+        yield from _cut(begin, end)
+        begin, end = low, high
+    yield from _cut(begin, end)
+
+
+def _cut(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for at in range(begin, end, _PART_NBYTES):
+        yield at, min(at + _PART_NBYTES, end)
 
 
 def check_blocks(
@@ -238,8 +257,9 @@ class Ranges:
         size = self._sums[name].block_nbytes
         blocks = sorted({block for one in wanted for block in _blocks(one, size)})
         jobs = []
-        for at in range(0, len(blocks), _JOB_BLOCKS):
-            run = blocks[at : at + _JOB_BLOCKS]
+        count = max(_JOB_NBYTES // size, 1)
+        for at in range(0, len(blocks), count):
+            run = blocks[at : at + count]
             begin, end = run[0] * size, (run[-1] + 1) * size
             jobs.append(_Job(name, [one for one in wanted if one.begin < end and one.end > begin], run))
         return jobs
