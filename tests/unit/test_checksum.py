@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,11 @@ from hypothesis import strategies as st
 
 from deepspeed._core import checksum
 from deepspeed._core.checksum import crc32, fingerprint
+
+
+@given(st.binary(max_size=1000), st.integers(0, 1000))
+def test_the_sum_is_zlibs(data: bytes, cut: int) -> None:
+    assert crc32(data[cut:], crc32(data[:cut])) == zlib.crc32(data)
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))

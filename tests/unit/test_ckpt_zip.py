@@ -1,18 +1,14 @@
-"""Zip archives from our writer, by the judgement of Python's ``zipfile``; and the checksum beside ``zlib``'s."""
+"""Zip archives from our writer, by the judgement of Python's ``zipfile``."""
 
 from __future__ import annotations
 
-import builtins
 import io
 import zipfile
 import zlib
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeed._core.ckpt import checksum
 from deepspeed._core.ckpt.zip import ZipWriter
 
 NAMES = st.text("abcdefghij/._0123456789", min_size=1, max_size=40).filter(lambda name: not name.endswith("/"))
@@ -54,28 +50,3 @@ def test_more_records_than_16_bits_count() -> None:
     with zipfile.ZipFile(stream) as file:
         assert len(file.infolist()) == 70_000
         assert file.read("69999") == b"x"
-
-
-@pytest.fixture
-def fresh_routine() -> Any:
-    checksum._routine.cache_clear()
-    yield
-    checksum._routine.cache_clear()
-
-
-@given(st.binary(max_size=1000), st.integers(0, 1000))
-def test_the_sum_is_zlibs(data: bytes, cut: int) -> None:
-    assert checksum.crc32(data[cut:], checksum.crc32(data[:cut])) == zlib.crc32(data)
-
-
-def test_processors_without_the_fast_routine_use_zlibs(fresh_routine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "isal":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    assert checksum.crc32(b"some bytes") == zlib.crc32(b"some bytes")
-    assert checksum._routine() is zlib.crc32
