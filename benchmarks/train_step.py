@@ -80,9 +80,18 @@ class Candidate:
             env = environment(name, args) | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.world)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             command = [interpreter(name, args), str(HERE / "worker.py"), "--candidate", name, "--rank", str(rank)]
-            for option in ("world", "threads", "micro_batch", "accumulation", "clipping", "dtype", "shape", "config"):
+            for option in (
+                "world",
+                "threads",
+                "micro_batch",
+                "accumulation",
+                "clipping",
+                "dtype",
+                "shape",
+                "config",
+                "ready_mib",
+            ):
                 command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
-            command += ["--ready-mib", str(args.ready_mib)]
             if args.bind:
                 command += ["--core", str(cores[rank % len(cores)])]
             with self.logs[rank].open("w") as log:

@@ -293,11 +293,11 @@ def make_flat_optimizer(
 ) -> FlatOptimizer:
     """The wrapped optimizer of the configured stage and precision. Collective."""
     stage = config.zero_optimization_stage
-    world_size = dist.get_world_size(group)
+    placed = optimizer_offload.offload_policy(config.zero_config, config.document.aio)
     settings = FlatSettings(
         stage=stage,
         precision=policy,
-        reduce=_reduce_policy(config, world_size),
+        reduce=_reduce_policy(config, dist.get_world_size(group), offloaded=placed is not None),
         bucket_numel=_bucket_numel(config),
         allgather_numel=max(1, config.zero_config.allgather_bucket_size),
         allgather_partitions=config.zero_config.allgather_partitions,
@@ -305,7 +305,7 @@ def make_flat_optimizer(
         fail_on_unused=not config.zero_config.ignore_unused_parameters,
         verify_steps=config.verify_gradients,
         sub_group_numel=config.zero_config.sub_group_size,
-        offload=optimizer_offload.offload_policy(config.zero_config, config.document.aio),
+        offload=placed,
     )
     if device.type == "cpu" and settings.offload is None and config.zero_config.offload_param is None:
         keep_freed_memory()  # those who offload would rather have it back
@@ -349,9 +349,8 @@ def _names(module: torch.nn.Module, inner: torch.optim.Optimizer) -> Mapping[tor
     return names
 
 
-def _reduce_policy(config: DeepSpeedConfig, world_size: int) -> ReducePolicy:
+def _reduce_policy(config: DeepSpeedConfig, world_size: int, *, offloaded: bool) -> ReducePolicy:
     zero = config.zero_config
-    offloaded = optimizer_offload.offload_policy(zero, config.document.aio) is not None
     factor = float(config.gradient_predivide_factor)
     if factor != 1.0:
         pre = 1.0 / factor

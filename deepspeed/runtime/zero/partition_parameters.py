@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
+from deepspeed._core.params import is_partitioned
 from deepspeed._core.params.construct import CONSTRUCTORS, ORIGINALS, Builder, Loan, construction, unwatched
 from deepspeed._core.params.handle import ParamHandle, PartitionedParamStatus, ZeroParamStatus, handle_of, handles_of
 from deepspeed._core.params.store import ShardStore
@@ -67,7 +68,7 @@ _orig_torch_arange = ORIGINALS["arange"]
 
 def is_zero_param(parameter: Any) -> bool:
     """Whether the parameter is partitioned."""
-    return handle_of(parameter) is not None
+    return is_partitioned(parameter)
 
 
 # -- construction ------------------------------------------------------------------------------------------------------
