@@ -191,14 +191,13 @@ class FlatOptimizer(ShardOwner):
 
         first = self.transport.global_rank(0)
         sends = self.transport.rank == 0
-        # Who copies nothing meanwhile frees the parameters of one bucket before it touches the memory of the next.
-        ahead = 1 if sends and self.transport.world_size > 1 else 0
         for bucket, known in zip(buckets, self._known_to_all(buckets), strict=True):
             source, work = bucket.collect(values=sends or known), None
             if not known:
                 work = dist.broadcast(source, src=first, group=self.dp_process_group, async_op=True)
             waiting.append((bucket, source, work))
-            if len(waiting) > ahead:
+            # Who copies nothing meanwhile frees the parameters of one bucket before it touches the memory of the next.
+            while len(waiting) > (1 if sends and work is not None else 0):
                 finish()
         while waiting:
             finish()

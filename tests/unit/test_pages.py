@@ -63,3 +63,57 @@ def test_both_thresholds_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_user_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1000000")
     assert not pages.keep_freed_memory.__wrapped__()
+
+
+class _Advice:
+    """Stands for the system: takes advice about addresses, and says how long each page took."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> None:
+        self.given: list[tuple[int, int, int]] = []
+        self.touched: list[int] = []
+        monkeypatch.setattr(pages, "_madvise", lambda: lambda *advice: self.given.append(advice))
+        monkeypatch.setattr(pages, "_touch", lambda address: self.touched.append(address) or seconds.pop(0))
+
+
+PAGE = 2 << 20
+
+
+def test_huge_pages_are_asked_for_while_they_come_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, huge = _Advice(monkeypatch, [0.0002] * 2), pages._HugePages()
+    for begin in (3 * PAGE + 4096, 64 * PAGE):
+        huge.ask(begin, begin + 8 * PAGE)
+    assert system.given == [
+        (3 * PAGE + 4096, 8 * PAGE, pages.mmap.MADV_HUGEPAGE),
+        (64 * PAGE, 8 * PAGE, pages.mmap.MADV_HUGEPAGE),
+    ]
+    assert system.touched == [4 * PAGE, 64 * PAGE]  # whole huge pages within; one that is fast is enough
+
+
+def test_no_more_huge_pages_where_they_come_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, huge = _Advice(monkeypatch, [0.009, 0.008]), pages._HugePages()
+    huge.ask(4 * PAGE, 20 * PAGE)
+    huge.ask(40 * PAGE, 60 * PAGE)
+    assert huge.slow
+    assert system.given == [
+        (4 * PAGE, 16 * PAGE, pages.mmap.MADV_HUGEPAGE),
+        (6 * PAGE, 14 * PAGE, pages.mmap.MADV_NOHUGEPAGE),  # behind the two that were probed
+    ]
+
+
+def test_one_slow_page_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, huge = _Advice(monkeypatch, [0.009, 0.0003]), pages._HugePages()
+    huge.ask(4 * PAGE, 20 * PAGE)
+    assert not huge.slow
+    assert len(system.given) == 1
+
+
+@pytest.mark.parametrize("numel", [(4 << 20) // 4, (4 << 20) // 4 + 1, (9 << 20) // 4])
+def test_memory_is_usable_to_its_last_element(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the probe says, and wherever the buffer begins."""
+    for seconds in (0.0, 1.0):
+        monkeypatch.setattr(pages, "_huge_pages", pages._HugePages())
+        real = pages._touch
+        monkeypatch.setattr(pages, "_touch", lambda address, real=real, seconds=seconds: real(address) * 0 + seconds)
+        flat = pages.empty_flat(numel, pages.torch.float32).fill_(3.0)
+        assert float(flat.sum()) == 3.0 * numel
+        assert (pages.zeros_flat(numel, pages.torch.float32) == 0).all()
