@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from deepspeed import comm as dist
 from deepspeed._core.bars import bytes_bar
 from deepspeed._core.ckpt.manifest import Manifest, check_complete, known_tags
-from deepspeed._core.ckpt.native import LATEST, find_tag_dir, is_optim_states, read_latest
+from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
 from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.engine_checkpoint import gather, together
@@ -46,7 +46,7 @@ class Choice:
 
 
 def choose(
-    engine: DeepSpeedEngine, load_dir: str, tag: str | None, damaged: Mapping[str, str], *, check_optimizer: bool
+    engine: DeepSpeedEngine, load_dir: str, tag: str | None, damaged: Mapping[str, str], *, check: bool
 ) -> Choice | None:
     """The folder to load, whose files are what was written; None if nothing is there. Collective.
 
@@ -56,7 +56,7 @@ def choose(
     Args:
         engine, load_dir, tag: of ``load_checkpoint``.
         damaged: tags that are out of the question, and why.
-        check_optimizer: compare the checksums of optimizer files, too; without, they are the choice's ``unchecked``.
+        check: compare the checksums; without, all blocks are the choice's ``unchecked``.
 
     Raises:
         CheckpointError: the given one, or all, are missing or damaged; ranks see different folders.
@@ -76,7 +76,7 @@ def choose(
         if candidate in damaged:
             found, problem = None, damaged[candidate]
         else:
-            found, problem = _examine(engine, load_dir, candidate, check_optimizer)
+            found, problem = _examine(engine, load_dir, candidate, check)
         if found is not None:
             require_same(found.folder.name, load_dir)
             return found
@@ -104,7 +104,7 @@ def _candidates(load_dir: str) -> list[str]:
     return ([] if latest is None else [latest]) + [tag for tag in complete if tag != latest]
 
 
-def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str, check_optimizer: bool) -> tuple[Choice | None, str]:
+def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str, check: bool) -> tuple[Choice | None, str]:
     """The folder of a tag if all ranks find it whole; otherwise why not. Collective."""
     choice, problem = None, None
     sharing = node_ranks(engine)
@@ -113,12 +113,9 @@ def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str, check_optimizer: 
         folder = find_tag_dir(load_dir, tag)
         manifest = check_complete(folder)
         blocks = manifest.blocks() if manifest is not None and checksums else []
-        now: list[tuple[str, int]] = []
-        later: list[tuple[str, int]] = []
-        for block in blocks:
-            (later if not check_optimizer and is_optim_states(block[0]) else now).append(block)
-        choice = Choice(folder, manifest, tuple(later))
-        _check(choice, now, sharing)
+        choice = Choice(folder, manifest, () if check else tuple(blocks))
+        if check:
+            _check(choice, blocks, sharing)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems = [text for text in gather(problem) if text is not None]

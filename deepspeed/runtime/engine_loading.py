@@ -23,6 +23,7 @@ from deepspeed import comm as dist
 from deepspeed._core.ckpt.blockreader import Ranges
 from deepspeed._core.ckpt.compare import differences, listed
 from deepspeed._core.ckpt.io import load_file
+from deepspeed._core.ckpt.manifest import runs
 from deepspeed._core.ckpt.native import (
     LATEST,
     check_format,
@@ -41,6 +42,7 @@ from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
+from deepspeed.runtime.early_weights import EarlyWeights
 from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, set_rng_state, together
 from deepspeed.runtime.engine_choosing import Choice, DamagedError, check_rest, choose, require_same
 from deepspeed.runtime.engine_local import gathered_files
@@ -100,12 +102,12 @@ def load(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See ``DeepSpeedEngine.load_checkpoint``. Everything is read and checked before anything is changed."""
 
-    # A fresh engine reads optimizer files once, checking them on the way: there is room for what is read beside its own
-    # state. One that has states to lose reads them twice.
+    # A fresh engine reads files once, checking them on the way: there is room for what is read beside its own state. One
+    # that has states to lose reads them twice.
     once = all(gather(_can_stage(engine, what)))
     damaged: dict[str, str] = {}
     while True:
-        choice = choose(engine, load_dir, tag, damaged, check_optimizer=not once)
+        choice = choose(engine, load_dir, tag, damaged, check=not once)
         if choice is None:
             warning_once(
                 f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
@@ -138,21 +140,24 @@ def _load_from(
     engine: DeepSpeedEngine, choice: Choice, load_dir: str, what: LoadWhat
 ) -> tuple[_Opened, dict[str, Any]]:
     """Loads a folder that has all files of a checkpoint; returns it and the client state."""
-    flat = engine._flat
-    with _unless_damaged(choice):
-        opened, names, plan = _prepare(engine, choice.folder, load_dir, what)
-        ranges = _ranges(engine, choice)
-        staged = _stage(choice, plan, ranges) if choice.unchecked else None
-    if flat is not None:
-        flat.settle_weights()
+    flat, staged, early = engine._flat, None, None
     with contextlib.ExitStack() as undo:  # what a failure on any rank takes back
+        with _unless_damaged(choice):
+            opened, names, plan = _prepare(engine, choice.folder, load_dir, what)
+            ranges = _ranges(engine, choice)
+            if choice.unchecked:
+                early = _early_weights(engine, plan, what, undo)
+                staged = _stage(choice, plan, ranges, early)
+        if flat is not None:
+            flat.settle_weights()
         # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
         together(lambda: _load_scheduler(engine, opened, what, names, undo))
         together(lambda: _load_module(engine, opened, what, names, plan, undo))
         undo.pop_all()
     if plan is not None and flat is not None:
         together(lambda: optimizer_loading.load_planned(flat, plan, staged, ranges))
-        _agree_on_weights(engine, opened, plan)
+        if early is None:
+            _agree_on_weights(engine, opened, plan)
         flat.mended()
     if engine._offload is not None:
         engine._offload.refresh()
@@ -214,24 +219,57 @@ def _own_cores() -> int:
     return min(max(mine, 1), _MOST_WORKERS)
 
 
-def _stage(choice: Choice, plan: LoadPlan | None, ranges: Ranges | None) -> list[Staged] | None:
+def _early_weights(
+    engine: DeepSpeedEngine, plan: LoadPlan | None, what: LoadWhat, undo: contextlib.ExitStack
+) -> EarlyWeights | None:
+    """What sends the weights while moments are read, where weights follow from masters and nothing else.
+
+    ``undo`` gets what takes them back. The same on all ranks.
+    """
+    flat = engine._flat
+    if plan is None or flat is None or what.custom_load_fn is not None or _loads_itself(engine.module):
+        return None
+    if not _masters_count(engine) or not EarlyWeights.possible(flat):
+        return None
+    early = EarlyWeights(flat)
+    undo.callback(early.take_back)
+    return early
+
+
+def _stage(
+    choice: Choice, plan: LoadPlan | None, ranges: Ranges | None, early: EarlyWeights | None
+) -> list[Staged] | None:
     """Reads what the plan wants, and checks all that was not checked before. Collective.
 
     Raises:
-        DamagedError: a file is not what was written; nothing was changed.
+        DamagedError: a file is not what was written; nothing was changed but ``early``'s weights.
     """
 
     def read() -> tuple[list[Staged] | None, str | None]:
         if plan is None or ranges is None:
             return None, None
         try:
-            return optimizer_loading.stage_planned(plan, ranges), None
+            _check_share(choice, ranges)
+            return optimizer_loading.stage_planned(plan, ranges, early), None
         except CheckpointError as error:
             return None, str(error)
+        finally:
+            if early is not None:
+                early.finish()
 
     staged, problem = together(read)
     check_rest(choice, ranges.checked if ranges is not None and problem is None else {}, problem)
     return staged
+
+
+def _check_share(choice: Choice, ranges: Ranges) -> None:
+    """Has this rank's share of what nobody reads for its values checked on the way."""
+    if choice.manifest is None:
+        return
+    others = [(name, block) for name, block in choice.unchecked if not is_optim_states(name)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, run in runs(others[len(others) * rank // world : len(others) * (rank + 1) // world]):
+        ranges.check(name, choice.manifest.files[name], run)
 
 
 def _tell(folder: Path, notes: list[str]) -> None:

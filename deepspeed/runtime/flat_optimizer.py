@@ -347,12 +347,12 @@ class FlatOptimizer(ShardOwner):
     def _update(self, factor: float) -> None:
         """Updates the shards; if a file of any rank fails, all raise, and this optimizer steps no more until a load."""
         if self.states.files is None:
-            self._stepper.update(self.buckets, factor, self._publish)
+            self._stepper.update(self.buckets, factor, self.publish_bucket)
             return
         self._broken = "the last step did not end"
         failure: OSError | None = None
         try:
-            self._stepper.update(self.buckets, factor, self._publish)
+            self._stepper.update(self.buckets, factor, self.publish_bucket)
         except OSError as error:
             failure = error
         try:
@@ -451,7 +451,8 @@ class FlatOptimizer(ShardOwner):
         self._take_extra(extra)
         return total, late > 0, unused > 0
 
-    def _publish(self, bucket: Bucket) -> Pending:
+    def publish_bucket(self, bucket: Bucket) -> Pending:
+        """Sends this rank's part of a bucket's weights to where the others have it. Collective."""
         if self._whole:
             return Pending()
         if not self.settings.allgather_partitions:
@@ -528,7 +529,7 @@ class FlatOptimizer(ShardOwner):
                     slot.view(bucket.weights).copy_(slot.view(bucket.master))
             elif not bucket.full_precision:
                 failure = self._master_to_weights(bucket) or failure
-            self._publish(bucket).wait()
+            self.publish_bucket(bucket).wait()
         self.agree_on_files(failure)
 
     def store_weight(self, slot: Slot, begin: int, values: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -25,6 +25,7 @@ from deepspeed._core.reduce.bucket import Bucket, Slot
 from deepspeed._core.step.template import state_template
 from deepspeed._core.store import Tile
 from deepspeed.errors import CheckpointError
+from deepspeed.runtime.early_weights import EarlyWeights
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.utils.logging import warning_once
 
@@ -320,25 +321,52 @@ class Staged:
     values: torch.Tensor
     state: dict[str, Any]
 
+    def pieces(self) -> Iterator[tuple[Span, torch.Tensor]]:
+        """Places in the target, flattened, and the values that the files had for them."""
+        for layout in self.target.parts.values():
+            for span in layout.spans:
+                yield span, self.values[span.offset : span.offset_stop]
 
-def stage_planned(plan: LoadPlan, ranges: Ranges) -> list[Staged]:
-    """Reads masters and optimizer state, and changes nothing. Not collective.
+
+def stage_planned(plan: LoadPlan, ranges: Ranges, early: EarlyWeights | None = None) -> list[Staged]:
+    """Reads masters, then optimizer state, and changes nothing but ``early``'s weights. Not collective without it.
 
     Takes as much memory as the state itself and the masters; :func:`load_planned` gives that of the masters back.
+
+    Args:
+        plan: what to take.
+        ranges: how to read it.
+        early: sends the weights while the state is read.
 
     Raises:
         CheckpointError: the files are not what was written.
     """
-    staged = []
+    staged: list[Staged] = []
     for target in plan.targets:
         values = empty_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
-        staged.append(Staged(target, values, _read(plan, target, values, ranges.copy)))
+        staged.append(Staged(target, values, {}))
+        _read_master(plan, target, values, ranges.copy)
+    if early is not None:
+        read = _by_bucket(staged)
+        ranges.then(early.send(lambda bucket: read.get(bucket.index, ())))
+    staged = [replace(one, state=_read_state(plan, one.target, ranges.copy)) for one in staged]
     _run(plan, ranges)
     return staged
 
 
+def _by_bucket(staged: Iterable[Staged]) -> dict[int, list[tuple[Span, torch.Tensor]]]:
+    """Places in the shards of buckets, by their index, and what is read for them."""
+    found: dict[int, list[tuple[Span, torch.Tensor]]] = {}
+    for one in staged:
+        tile = one.target.tile
+        if tile is not None:
+            pieces = ((span._replace(offset=tile.begin + span.offset), values) for span, values in one.pieces())
+            found.setdefault(tile.bucket.index, []).extend(pieces)
+    return found
+
+
 def _run(plan: LoadPlan, ranges: Ranges) -> None:
-    with bytes_bar(ranges.nbytes, f"loading {plan.reader.tag_dir.name}") as progress:
+    with bytes_bar(ranges.nbytes + ranges.check_nbytes, f"loading {plan.reader.tag_dir.name}") as progress:
         ranges.run(progress)
 
 
@@ -358,9 +386,8 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan, staged: list[Staged] | Non
     while staged:
         read = staged.pop()
         master = read.target.tensor.detach().view(-1)
-        for layout in read.target.parts.values():
-            for span in layout.spans:
-                master[span.offset : span.offset_stop].copy_(read.values[span.offset : span.offset_stop])
+        for span, values in read.pieces():
+            master[span.offset : span.offset_stop].copy_(values)
         _clear(flat, plan, read.target)
         _put(flat, read.target, read.state)
     if staged is None:
@@ -379,7 +406,8 @@ def _load_in_place(flat: FlatOptimizer, plan: LoadPlan, ranges: Ranges | None) -
         with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
             # Before the new state is made, so that both are never there together.
             _clear(flat, plan, target)
-            _put(flat, target, _read(plan, target, target.tensor.detach().view(-1), copy))
+            _read_master(plan, target, target.tensor.detach().view(-1), copy)
+            _put(flat, target, _read_state(plan, target, copy))
     if ranges is not None:
         _run(plan, ranges)
 
@@ -395,11 +423,15 @@ def _put(flat: FlatOptimizer, target: _Target, state: dict[str, Any]) -> None:
         flat.optimizer.state[target.tensor] = state
 
 
-def _read(plan: LoadPlan, target: _Target, values: torch.Tensor, copy: Copy) -> dict[str, Any]:
-    """Fills ``values``, the flat master, and returns the optimizer's state of it, by ``copy``."""
-    reader, template = plan.reader, plan.templates[target.group]
+def _read_master(plan: LoadPlan, target: _Target, values: torch.Tensor, copy: Copy) -> None:
+    """Fills ``values``, the flat master, by ``copy``."""
     for layout in target.parts.values():
-        reader.fill(None, MASTER, layout, 0, values, copy)
+        plan.reader.fill(None, MASTER, layout, 0, values, copy)
+
+
+def _read_state(plan: LoadPlan, target: _Target, copy: Copy) -> dict[str, Any]:
+    """What the optimizer keeps of a master, filled by ``copy``."""
+    reader, template = plan.reader, plan.templates[target.group]
     if target.main is None:
         return {}
     saved = reader.groups[target.main]

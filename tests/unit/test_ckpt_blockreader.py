@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,67 @@ def test_without_the_list_of_mappings_everything_is_copied_at_once(
     target = torch.zeros(9001)
     ranges.copy(target, mapped["a"])
     assert torch.equal(target, held["a"]) and not ranges.nbytes
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("verify", [True, False])
+def test_phases_are_read_one_after_the_other_and_steps_are_taken_beside(
+    tmp_path: Path, verify: bool, workers: int, small_parts: int
+) -> None:
+    path, held = saved(tmp_path)
+    mapped = load_file(path)
+    first, second = torch.zeros(9001), torch.zeros(20_000, dtype=torch.bfloat16)
+    ranges = Ranges(tmp_path, {path.name: sums(path)}, verify=verify, workers=workers)
+    ranges.copy(first, mapped["a"])
+    steps = []
+
+    def beside() -> Iterator[None]:
+        assert torch.equal(first, held["a"])
+        for step in range(40):  # more than there are parts
+            steps.append((step, threading.current_thread() is threading.main_thread()))
+            yield
+
+    ranges.then(beside())
+    ranges.copy(second, mapped["c"])
+    seen_by_first_copy = []
+    ranges.run(lambda count: seen_by_first_copy.append(len(steps)))
+    assert seen_by_first_copy[0] == 0
+    assert torch.equal(second, held["c"])
+    assert steps == [(step, True) for step in range(40)]
+    if workers == 1 and small_parts == PART:
+        assert 0 < seen_by_first_copy[-1] < 40, "no steps were taken between parts"
+
+
+def test_steps_are_taken_if_nothing_is_left_to_read(tmp_path: Path) -> None:
+    ranges, steps = Ranges(tmp_path, {}, verify=True), iter(range(3))
+    ranges.then(steps)
+    ranges.run(lambda count: None)
+    assert next(steps, None) is None
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_blocks_that_nobody_copies_are_checked_last(tmp_path: Path, workers: int) -> None:
+    path, held = saved(tmp_path)
+    other = tmp_path / "other.bin"
+    other.write_bytes(os.urandom(5 * BLOCK + 100))
+    known = sums(other)
+    for damaged in (False, True):
+        if damaged:
+            content = bytearray(other.read_bytes())
+            content[-1] ^= 1
+            other.write_bytes(content)
+        for blocks in ([0, 3], [5, 4]):
+            ranges = Ranges(tmp_path, {path.name: sums(path)}, verify=True, workers=workers)
+            target, told = torch.zeros(9001), list[int]()
+            ranges.copy(target, load_file(path)["a"])
+            ranges.check(other.name, known, blocks)
+            total = ranges.nbytes + ranges.check_nbytes
+            if damaged and 5 in blocks:
+                with pytest.raises(CheckpointError, match=r"other\.bin is damaged: its bytes 81920 to 82020 are not"):
+                    ranges.run(told.append)
+                assert "other.bin" not in ranges.checked
+                continue
+            ranges.run(told.append)
+            assert sum(told) == total == target.nbytes + sum(BLOCK if b < 5 else 100 for b in blocks)
+            assert torch.equal(target, held["a"])
+            assert ranges.checked["other.bin"] == sorted(blocks)

@@ -170,12 +170,27 @@ class _Wanted:
     dtype: torch.dtype
 
 
+@dataclass
+class _Phase:
+    """What to read, by name of the file, and what to do beside it, step by step."""
+
+    wanted: dict[str, list[_Wanted]]
+    beside: Iterable[object] = ()
+
+
 class _Job(NamedTuple):
     """What a thread reads at a time: blocks of a file in order (None: only what is wanted), and what is wanted of them."""
 
     name: str
+    known: FileSum
     wanted: list[_Wanted]
     blocks: list[int] | None
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where the parts to read begin and end."""
+        if self.blocks is None:
+            return _spans(self.wanted, self.known.nbytes)
+        return _parts_of(self.blocks, self.known.block_nbytes, self.known.nbytes)
 
 
 class Ranges:
@@ -193,7 +208,8 @@ class Ranges:
 
     def __init__(self, folder: Path, sums: Mapping[str, FileSum], *, verify: bool, workers: int = 1) -> None:
         self._folder, self._sums, self._verify, self._workers = folder, sums, verify, workers
-        self._wanted: dict[str, list[_Wanted]] = {}
+        self._phases = [_Phase({})]
+        self._checks: list[_Job] = []
         self.checked: dict[str, list[int]] = {}
 
     def copy(self, target: torch.Tensor, held: torch.Tensor) -> None:
@@ -204,12 +220,29 @@ class Ranges:
         elif held.numel():
             name, begin = place
             end = begin + held.numel() * held.element_size()
-            self._wanted.setdefault(name, []).append(_Wanted(begin, end, target, held.dtype))
+            self._phases[-1].wanted.setdefault(name, []).append(_Wanted(begin, end, target, held.dtype))
+
+    def then(self, steps: Iterable[object]) -> None:
+        """What is asked for from now on is read after all that was asked for before.
+
+        ``steps`` are taken by the thread of :meth:`run` meanwhile: short ones, so that the next parts are asked for in time.
+        """
+        self._phases.append(_Phase({}, steps))
+
+    def check(self, name: str, known: FileSum, blocks: Sequence[int]) -> None:
+        """Compares checksums of blocks of any file of the folder, after everything else was read."""
+        self._checks.append(_Job(name, known, [], sorted(blocks)))
 
     @property
     def nbytes(self) -> int:
         """How many are to be copied."""
-        return sum(wanted.end - wanted.begin for found in self._wanted.values() for wanted in found)
+        every = (found for phase in self._phases for found in phase.wanted.values())
+        return sum(wanted.end - wanted.begin for found in every for wanted in found)
+
+    @property
+    def check_nbytes(self) -> int:
+        """How many more are to be read, because of :meth:`check`."""
+        return sum(high - low for job in self._checks for low, high in job.spans())
 
     def run(self, progress: Progress) -> None:
         """Makes the copies, and tells ``progress`` what it has copied.
@@ -217,20 +250,33 @@ class Ranges:
         Raises:
             CheckpointError: a file is damaged or cannot be read; some targets have been written to then.
         """
-        jobs = [job for name, wanted in self._wanted.items() for job in self._jobs(name, wanted)]
-        if not jobs:
-            return
-        # No executor where the caller's thread is enough, which it is if it has a core for itself only.
-        if self._workers == 1 or len(jobs) == 1:
-            with FileReader() as reader:
-                for job in jobs:
-                    self._do(job, reader, progress)
-        else:
-            self._share_out(jobs, progress)
-        self._wanted.clear()
+        phases, self._phases = self._phases, [_Phase({})]
+        checks, self._checks = self._checks, []
+        for phase in phases:
+            jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted)]
+            if phase is phases[-1]:
+                jobs += checks
+            steps = iter(phase.beside)
+            # No executor where the caller's thread is enough, which it is if it has a core for itself only.
+            if self._workers > 1 and len(jobs) > 1:
+                self._share_out(jobs, progress, steps)
+            elif jobs:
+                self._do_all(jobs, progress, steps)
+            _finish(steps)
 
-    def _share_out(self, jobs: Sequence[_Job], progress: Progress) -> None:
-        """Does the jobs in threads, in about this order; ends early with the first error."""
+    def _do_all(self, jobs: Sequence[_Job], progress: Progress, steps: Iterator[object]) -> None:
+        """Does the jobs, and a step whenever something has come."""
+
+        def tell(nbytes: int) -> None:
+            progress(nbytes)
+            next(steps, None)
+
+        with FileReader() as reader:
+            for job in jobs:
+                self._do(job, reader, tell)
+
+    def _share_out(self, jobs: Sequence[_Job], progress: Progress, steps: Iterator[object]) -> None:
+        """Does the jobs in threads, in about this order, and the steps here; ends early with the first error."""
         waiting = deque(jobs)
 
         def work() -> None:
@@ -245,6 +291,7 @@ class Ranges:
         with ThreadPoolExecutor(min(self._workers, len(jobs)), thread_name_prefix="deepspeed-load") as pool:
             futures = [pool.submit(work) for _ in range(self._workers)]
             try:
+                _finish(steps)
                 for future in as_completed(futures):
                     future.result()
             finally:
@@ -252,26 +299,33 @@ class Ranges:
 
     def _jobs(self, name: str, wanted: list[_Wanted]) -> list[_Job]:
         wanted.sort(key=lambda one: one.begin)
+        known = self._sums[name]
         if not self._verify:
-            return [_Job(name, wanted, None)]
-        size = self._sums[name].block_nbytes
+            return [_Job(name, known, wanted, None)]
+        size = known.block_nbytes
         blocks = sorted({block for one in wanted for block in _blocks(one, size)})
+        if self._workers == 1:  # in one go, so that reading ahead never stops
+            return [_Job(name, known, wanted, blocks)]
         jobs = []
         count = max(_JOB_NBYTES // size, 1)
         for at in range(0, len(blocks), count):
             run = blocks[at : at + count]
             begin, end = run[0] * size, (run[-1] + 1) * size
-            jobs.append(_Job(name, [one for one in wanted if one.begin < end and one.end > begin], run))
+            jobs.append(_Job(name, known, [one for one in wanted if one.begin < end and one.end > begin], run))
         return jobs
 
     def _do(self, job: _Job, reader: FileReader, progress: Progress) -> None:
-        path, known = self._folder / job.name, self._sums[job.name]
+        path = self._folder / job.name
         if job.blocks is None:
-            parts = reader.parts(path, _spans(job.wanted, known.nbytes))
+            parts = reader.parts(path, job.spans())
         else:
-            parts = _checked(reader, path, known, job.blocks)
-        with torch.no_grad():
-            _hand_out(parts, job.wanted, progress)
+            parts = _checked(reader, path, job.known, job.blocks)
+        if job.wanted:
+            with torch.no_grad():
+                _hand_out(parts, job.wanted, progress)
+        else:
+            for begin, end, _ in parts:
+                progress(end - begin)
         if job.blocks is not None:
             self.checked.setdefault(job.name, []).extend(job.blocks)
 
@@ -290,6 +344,11 @@ class Ranges:
                 at = address - begin + offset
                 return (name, at) if at % held.element_size() == 0 else None
         return None
+
+
+def _finish(steps: Iterator[object]) -> None:
+    for _ in steps:
+        pass
 
 
 def _blocks(wanted: _Wanted, size: int) -> range:

@@ -19,7 +19,7 @@ from deepspeed._core.ckpt.blockreader import FileReader, check_blocks
 from deepspeed._core.ckpt.io import atomic_write_text
 from deepspeed.errors import CheckpointError
 
-__all__ = ["MANIFEST", "Manifest", "check_complete", "known_tags", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST", "Manifest", "check_complete", "known_tags", "read_manifest", "runs", "write_manifest"]
 
 MANIFEST = "manifest.json"
 
@@ -81,7 +81,7 @@ class Manifest:
         blocks = self.blocks() if blocks is None else blocks
         low, high = len(blocks) * part // parts, len(blocks) * (part + 1) // parts
         with FileReader() as reader:
-            for name, run in _runs(blocks[low:high]):
+            for name, run in runs(blocks[low:high]):
                 check_blocks(folder / name, self.files[name], run, progress, reader)
 
     def blocks(self) -> list[tuple[str, int]]:
@@ -89,7 +89,7 @@ class Manifest:
         return [(name, block) for name, known in self.files.items() for block in range(len(known.crc32))]
 
 
-def _runs(blocks: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[int]]]:
+def runs(blocks: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[int]]]:
     """The blocks of each file together."""
     found: dict[str, list[int]] = {}
     for name, block in blocks:

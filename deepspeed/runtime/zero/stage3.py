@@ -184,7 +184,7 @@ class DeepSpeedZeroOptimizer_Stage3(FlatOptimizer):
         if coordinator.book.same_deviation(sums, self.transport.world_size):
             coordinator.book.adopt(coordinator.units)
 
-    def _publish(self, bucket: Bucket) -> Pending:
+    def publish_bucket(self, bucket: Bucket) -> Pending:
         if isinstance(bucket, ShardBucket):
             bucket.send_away()
         return Pending()
