@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py --reference-python REF/bin/python --folder /scratch
 
-Two ranks train two steps in bf16 and save (twice; the second counts, the first warms up). New processes load it, on as
-many, half and twice as many ranks, from a cold page cache. The disk is measured in the same run: one process writing and
-reading as many bytes in order, by the faster of buffered and direct I/O.
+Two ranks train two steps in bf16 and save, once to warm up and then `--rounds` times. New processes load it, on as many,
+half and twice as many ranks, from a cold page cache, `--rounds` times each. Before every save and load one process writes or
+reads 2 GiB in order on the same disk, by the faster of buffered and direct I/O. Times are medians, and */disk* is the median
+of the ratios, each to the disk as it was just then: on shared hosts a disk's rate changes by half within a minute.
 
 | candidate | what it is |
 | --- | --- |
@@ -29,6 +30,7 @@ import mmap
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,21 @@ def _measured(found: dict[str, Any], name: str) -> Iterator[None]:
     found[f"{name}_s"] = time.perf_counter() - started
     found[f"{name}_peak"] = _status_nbytes("VmHWM") - before
     dist.barrier()
+
+
+@contextlib.contextmanager
+def _paired(args: argparse.Namespace, found: dict[str, Any], folder: Path, turn: int) -> Iterator[None]:
+    """One save, right after the disk was measured; both are added to lists. The first warms up."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    rate = disk_rate(folder.parent, write=True) if turn and args.rank == 0 else 0.0
+    with _measured(found, "turn"):
+        yield
+    if turn:
+        found.setdefault("saves", []).append(found["turn_s"])
+        found.setdefault("disk_writes", []).append(rate)
+        found["save_s"], found["save_peak"] = statistics.median(found["saves"]), found["turn_peak"]
 
 
 _NEEDED_PER_PARAMETER = 20  # bytes: masters, moments, and room for what is thrown away
@@ -140,9 +157,9 @@ def _drive_engine(args: argparse.Namespace, engine: Any, x: Any, y: Any, folder:
     step()
     plain = step()
     background = args.candidate.endswith("_async")
-    for name in ("warm", "save"):
-        with _measured(found, name):
-            engine.save_checkpoint(str(folder), tag=name)
+    for turn in range(args.rounds + 1):
+        with _paired(args, found, folder, turn):
+            engine.save_checkpoint(str(folder), tag="save" if turn else "warm")
         if background:
             frozen = _time_freezing()
             found["beside_s"] = step()
@@ -208,8 +225,9 @@ def _drive_torch(args: argparse.Namespace, model: Any, x: Any, y: Any, folder: P
                 model.load_state_dict(content["model"])
                 optimizer.load_state_dict(content["optimizer"])
         return
-    for name in ("warm", "save"):
-        with _measured(found, name):
+    for turn in range(args.rounds + 1):
+        name = "save" if turn else "warm"
+        with _paired(args, found, folder, turn):
             if args.candidate == "dcp":
                 weights, state = get_state_dict(model, optimizer)
                 dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / name)
@@ -246,7 +264,7 @@ def run(
             command = [python, str(HERE / "checkpoint.py"), "--worker", "--candidate", candidate, "--do", do]
             command += ["--rank", str(rank), "--world", str(world), "--folder", str(folder)]
             command += ["--layers", str(args.layers), "--hidden", str(args.hidden), "--tokens", str(args.tokens)]
-            command += ["--answer", f"{place}/{rank}", *(["--ready"] if ready else [])]
+            command += ["--rounds", str(args.rounds), "--answer", f"{place}/{rank}", *(["--ready"] if ready else [])]
             log = open(f"{place}/{rank}.log", "w")  # noqa: SIM115 - closed with the folder
             ranks.append(
                 (subprocess.Popen(command, env=env, cwd=place, stdout=log, stderr=log), Path(f"{place}/{rank}.log"))
@@ -255,7 +273,14 @@ def run(
         if failed:
             raise RuntimeError(f"{candidate} {do}: rank {failed[0][0]} failed:\n{failed[0][1].read_text()[-2000:]}")
         answers = [json.loads(Path(f"{place}/{rank}").read_text()) for rank in range(world)]
-    return {key: max(a[key] for a in answers) if key != "origin" else answers[0][key] for key in answers[0]}
+
+    def worst(key: str) -> Any:
+        values = [answer[key] for answer in answers]
+        if isinstance(values[0], list):
+            return [max(turn) for turn in zip(*values, strict=True)]
+        return values[0] if isinstance(values[0], str) else max(values)
+
+    return {key: worst(key) for key in answers[0]}
 
 
 def forget(folder: Path) -> int:
@@ -270,30 +295,31 @@ def forget(folder: Path) -> int:
     return nbytes
 
 
-def disk_rates(folder: Path, nbytes: int) -> tuple[float, float]:
-    """Bytes a second that one process writes (synced) and reads in order: the faster of buffered and direct."""
-    size = 16 << 20
-    buffer = mmap.mmap(-1, size)
-    buffer.write(os.urandom(size))
-    count = max(nbytes // size, 1)
+_DISK_NBYTES, _DISK_BLOCK = 2 << 30, 16 << 20
+
+
+def disk_rate(folder: Path, *, write: bool) -> float:
+    """Bytes a second that one process writes (synced) or reads in order: the faster of buffered and direct."""
+    buffer = mmap.mmap(-1, _DISK_BLOCK)
+    buffer.write(os.urandom(_DISK_BLOCK))
+    places = range(0, _DISK_NBYTES, _DISK_BLOCK)
     path = folder / "rate.bin"
-    best = [0.0, 0.0]
+    if not write and not path.exists():
+        disk_rate(folder, write=True)
+    best = 0.0
     for flag in (0, getattr(os, "O_DIRECT", 0)):
         with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | flag)
-            started = time.perf_counter()
-            for block in range(count):
-                os.pwritev(handle, [buffer], block * size)
-            os.fsync(handle)
-            best[0] = max(best[0], count * size / (time.perf_counter() - started))
+            # Writes make the file anew, as saves do.
+            handle = os.open(path, (os.O_RDWR | os.O_CREAT | os.O_TRUNC if write else os.O_RDONLY) | flag)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             started = time.perf_counter()
-            for block in range(count):
-                os.preadv(handle, [buffer], block * size)
-            best[1] = max(best[1], count * size / (time.perf_counter() - started))
+            for place in places:
+                (os.pwritev if write else os.preadv)(handle, [buffer], place)
+            if write:
+                os.fsync(handle)
+            best = max(best, _DISK_NBYTES / (time.perf_counter() - started))
             os.close(handle)
-    path.unlink()
-    return best[0], best[1]
+    return best
 
 
 def export(folder: Path, out: Path) -> dict[str, float]:
@@ -319,30 +345,61 @@ def export(folder: Path, out: Path) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, candidate: str, root: Path) -> dict[str, Any]:
-    folder = root / candidate
+    folder = root / candidate / "checkpoint"
+    folder.parent.mkdir()
     found = run(args, candidate, "save", 2, folder)
     shutil.rmtree(folder / "warm", ignore_errors=True)
     (folder / "warm.pt").unlink(missing_ok=True)
     found["nbytes"] = forget(folder)
-    found["disk_write"], found["disk_read"] = disk_rates(root, min(found["nbytes"], 4 << 30))
+    found["save_of_disk"] = of_disk(found["nbytes"], found["saves"], found["disk_writes"])
     base = candidate.removesuffix("_async")
-    for world in args.worlds if candidate == base else ():
-        if world != 2 and not candidate.startswith("ours"):
-            continue  # the released package refuses; for torch's formats it is not the question
-        try:
-            for ready in (True, False) if world == 2 else (True,):
-                forget(folder)
-                loaded = run(args, base, "load", world, folder, ready)
-                name = f"load{world}" if ready else f"cold{world}"
-                found[f"{name}_s"], found[f"{name}_peak"] = loaded["load_s"], loaded["load_peak"]
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
+    kinds = [(world, ready) for world in args.worlds for ready in ((True, False) if world == 2 else (True,))]
+    if candidate != base:
+        kinds = []
+    elif not candidate.startswith("ours"):
+        kinds = [
+            (2, True),
+            (2, False),
+        ]  # the released package refuses others; for torch's formats it is not the question
+    for _ in range(args.rounds):
+        for world, ready in kinds:
+            try:
+                load_once(args, base, world, ready, folder, found)
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+    for world, ready in kinds:
+        name = kind_name(world, ready)
+        if name in found:
+            found[f"{name}_s"] = statistics.median(found[name])
+            found[f"{name}_of_disk"] = of_disk(found["nbytes"], found[name], found[f"{name}_reads"])
     if candidate.startswith("ours") and candidate == base:
         found["moments_s"] = run(args, "moments", "fill", 2, folder)["fill_s"]
         forget(folder)
         found |= export(folder, root / "export")
-    shutil.rmtree(folder)
+    shutil.rmtree(folder.parent)
     return found
+
+
+def kind_name(world: int, ready: bool) -> str:
+    return f"load{world}" if ready else f"cold{world}"
+
+
+def load_once(
+    args: argparse.Namespace, candidate: str, world: int, ready: bool, folder: Path, found: dict[str, Any]
+) -> None:
+    """One load, right after the disk was measured."""
+    forget(folder)
+    rate = disk_rate(folder.parent, write=False)
+    loaded = run(args, candidate, "load", world, folder, ready)
+    name = kind_name(world, ready)
+    found.setdefault(name, []).append(loaded["load_s"])
+    found.setdefault(f"{name}_reads", []).append(rate)
+    found[f"{name}_peak"] = loaded["load_peak"]
+
+
+def of_disk(nbytes: int, seconds: list[float], rates: list[float]) -> float:
+    """The median ratio of a rate to the disk's."""
+    return statistics.median(nbytes / s / rate for s, rate in zip(seconds, rates, strict=True))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -364,11 +421,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         size = r["nbytes"] / 1e9
         background = name.endswith("_async")
         total = r["save_s"] + (r["beside_s"] + r["settle_s"] if background else 0)
-        row = f"{name:12} {size:5.2f} {total:7.2f} {size / total:5.2f} {size / total / r['disk_write'] * 1e9:6.2f} "
+        ratio = size / total / statistics.median(r["disk_writes"]) * 1e9 if background else r["save_of_disk"]
+        row = f"{name:12} {size:5.2f} {total:7.2f} {size / total:5.2f} {ratio:6.2f} "
         row += f"{r['save_peak'] / 2**20:6.0f} "
         if "load2_s" in r:
             rate = size / r["load2_s"]
-            row += f"{r['load2_s']:7.2f} {rate:5.2f} {rate / r['disk_read'] * 1e9:6.2f} {r['load2_peak'] / 2**20:6.0f} "
+            row += f"{r['load2_s']:7.2f} {rate:5.2f} {r['load2_of_disk']:6.2f} {r['load2_peak'] / 2**20:6.0f} "
         else:
             row += f"{'':28}"
         row += " ".join(f"{r[key]:6.2f}" if key in r else f"{'':6}" for key in ("load1_s", "load4_s", "cold2_s")) + " "
@@ -381,10 +439,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for name, r in results.items()
         if "moments_s" in r
     ]
-    disk = [(r["disk_write"] / 1e9, r["disk_read"] / 1e9) for r in results.values()]
-    lines.append(
-        f"disk, measured beside each candidate, GB/s: {', '.join(f'{w:.2f} write {r:.2f} read' for w, r in disk)}"
-    )
+    for name, r in results.items():
+        for what in ("saves", "load2", "load1", "load4", "cold2"):
+            rates = r.get("disk_writes" if what == "saves" else f"{what}_reads")
+            if rates:
+                turns = ", ".join(f"{s:.2f} ({rate / 1e9:.2f})" for s, rate in zip(r[what], rates, strict=True))
+                lines.append(f"{name} {what}: s (the disk just before, GB/s): {turns}")
     lines.append("load, at 1, at 4: with memory ready; fresh: the first again, with memory as the machine gives it")
     lines.append(
         "blocked: seconds in save_checkpoint and copying before the next step; the thread shares the cores, too."
@@ -403,6 +463,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a rank's training step")
     parser.add_argument("--worlds", type=lambda text: [int(w) for w in text.split(",")], default=[2, 1, 4])
+    parser.add_argument("--rounds", type=int, default=3, help="saves, and loads of each kind")
     parser.add_argument("--json", default="")
     for name in ("--candidate", "--do", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
