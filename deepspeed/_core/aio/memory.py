@@ -22,7 +22,8 @@ def aligned_empty(numel: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 
     Args:
         numel: elements, >= 0. The mapping is rounded up to pages of 4 KiB, not to a power of two.
-        dtype: any. The values are 0, but cost nothing until a page is touched; large ones ask for huge pages.
+        dtype: any. The values are 0, but cost nothing until a page is touched (of large ones, which ask for huge pages, the
+            first two pages are).
 
     Raises:
         ValueError: ``numel`` is negative.
