@@ -3,9 +3,10 @@
     python benchmarks/checkpoint.py --reference-python REF/bin/python --folder /scratch
 
 Two ranks train two steps in bf16 and save, once to warm up and then `--rounds` times. New processes load it, on as many,
-half and twice as many ranks, from a cold page cache, `--rounds` times each. Before every save and load one process writes or
-reads 2 GiB in order on the same disk, by the faster of buffered and direct I/O. Times are medians, and */disk* is the median
-of the ratios, each to the disk as it was just then: on shared hosts a disk's rate changes by half within a minute.
+half and twice as many ranks, from a cold page cache, `--rounds` times each. Right before every save, and right before and
+after every load, one of the ranks writes or reads 1 GiB in order on the same disk, by the faster of buffered and direct I/O.
+Times are medians, and */disk* is the median of the ratios, each to the disk as it was just then: on shared hosts a disk's
+rate changes by half within a minute.
 
 | candidate | what it is |
 | --- | --- |
@@ -81,6 +82,20 @@ def _paired(args: argparse.Namespace, found: dict[str, Any], folder: Path, turn:
         found["save_s"], found["save_peak"] = statistics.median(found["saves"]), found["turn_peak"]
 
 
+@contextlib.contextmanager
+def _reading(args: argparse.Namespace, found: dict[str, Any]) -> Iterator[None]:
+    """Measures how the disk reads before and after the block; the mean is kept."""
+    import torch.distributed as dist
+
+    folder = Path(args.folder).parent
+    rates = [disk_rate(folder, write=False)] if args.rank == 0 else [0.0]
+    dist.barrier()
+    yield
+    rates += [disk_rate(folder, write=False)] if args.rank == 0 else [0.0]
+    found["disk_read"] = statistics.fmean(rates)
+    dist.barrier()
+
+
 _NEEDED_PER_PARAMETER = 20  # bytes: masters, moments, and room for what is thrown away
 
 
@@ -148,7 +163,7 @@ def _drive_engine(args: argparse.Namespace, engine: Any, x: Any, y: Any, folder:
         return time.perf_counter() - started
 
     if args.do == "load":
-        with _memory_ready(args, found), _measured(found, "load"):
+        with _reading(args, found), _memory_ready(args, found), _measured(found, "load"):
             path, _ = engine.load_checkpoint(str(folder))
         if path is None:
             raise RuntimeError("nothing was loaded")
@@ -212,7 +227,7 @@ def _drive_torch(args: argparse.Namespace, model: Any, x: Any, y: Any, folder: P
     step()
     folder.mkdir(exist_ok=True)
     if args.do == "load":
-        with _memory_ready(args, found), _measured(found, "load"):
+        with _reading(args, found), _memory_ready(args, found), _measured(found, "load"):
             if args.candidate == "dcp":
                 weights, state = get_state_dict(model, optimizer)
                 content = {"model": weights, "optimizer": state}
@@ -295,7 +310,7 @@ def forget(folder: Path) -> int:
     return nbytes
 
 
-_DISK_NBYTES, _DISK_BLOCK = 2 << 30, 16 << 20
+_DISK_NBYTES, _DISK_BLOCK = 1 << 30, 16 << 20
 
 
 def disk_rate(folder: Path, *, write: bool) -> float:
@@ -304,8 +319,6 @@ def disk_rate(folder: Path, *, write: bool) -> float:
     buffer.write(os.urandom(_DISK_BLOCK))
     places = range(0, _DISK_NBYTES, _DISK_BLOCK)
     path = folder / "rate.bin"
-    if not write and not path.exists():
-        disk_rate(folder, write=True)
     best = 0.0
     for flag in (0, getattr(os, "O_DIRECT", 0)):
         with contextlib.suppress(OSError):
@@ -351,6 +364,7 @@ def measure(args: argparse.Namespace, candidate: str, root: Path) -> dict[str, A
     shutil.rmtree(folder / "warm", ignore_errors=True)
     (folder / "warm.pt").unlink(missing_ok=True)
     found["nbytes"] = forget(folder)
+    disk_rate(folder.parent, write=True)  # makes the file that is read beside loads
     found["save_of_disk"] = of_disk(found["nbytes"], found["saves"], found["disk_writes"])
     base = candidate.removesuffix("_async")
     kinds = [(world, ready) for world in args.worlds for ready in ((True, False) if world == 2 else (True,))]
@@ -387,13 +401,12 @@ def kind_name(world: int, ready: bool) -> str:
 def load_once(
     args: argparse.Namespace, candidate: str, world: int, ready: bool, folder: Path, found: dict[str, Any]
 ) -> None:
-    """One load, right after the disk was measured."""
+    """One load, and the disk around it."""
     forget(folder)
-    rate = disk_rate(folder.parent, write=False)
     loaded = run(args, candidate, "load", world, folder, ready)
     name = kind_name(world, ready)
     found.setdefault(name, []).append(loaded["load_s"])
-    found.setdefault(f"{name}_reads", []).append(rate)
+    found.setdefault(f"{name}_reads", []).append(loaded["disk_read"])
     found[f"{name}_peak"] = loaded["load_peak"]
 
 
@@ -444,7 +457,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             rates = r.get("disk_writes" if what == "saves" else f"{what}_reads")
             if rates:
                 turns = ", ".join(f"{s:.2f} ({rate / 1e9:.2f})" for s, rate in zip(r[what], rates, strict=True))
-                lines.append(f"{name} {what}: s (the disk just before, GB/s): {turns}")
+                lines.append(f"{name} {what}: s (the disk then, GB/s): {turns}")
     lines.append("load, at 1, at 4: with memory ready; fresh: the first again, with memory as the machine gives it")
     lines.append(
         "blocked: seconds in save_checkpoint and copying before the next step; the thread shares the cores, too."
