@@ -3,10 +3,11 @@
     python benchmarks/checkpoint.py --reference-python REF/bin/python --folder /scratch
 
 Two ranks train two steps in bf16 and save, once to warm up and then `--rounds` times. New processes load it, on as many,
-half and twice as many ranks, from a cold page cache, `--rounds` times each. Right before every save, and right before and
-after every load, one of the ranks writes or reads 1 GiB in order on the same disk, by the faster of buffered and direct I/O.
-Times are medians, and */disk* is the median of the ratios, each to the disk as it was just then: on shared hosts a disk's
-rate changes by half within a minute.
+half and twice as many ranks, from a cold page cache, `--rounds` times each. Right before and after every save one of the
+ranks writes as many bytes in order to a new file, by the faster of buffered and direct I/O; right before and after every
+load it reads the same files in order, by direct I/O; both from and to memory in huge pages, which virtual disks need. Times
+are medians, and */disk* is the median of the ratios, each to the disk as it was just then: on shared hosts a disk's rate
+changes by half within a minute.
 
 | candidate | what it is |
 | --- | --- |
@@ -69,40 +70,45 @@ def _measured(found: dict[str, Any], name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _paired(args: argparse.Namespace, found: dict[str, Any], folder: Path, turn: int) -> Iterator[None]:
-    """One save, right after the disk was measured; both are added to lists. The first warms up."""
+    """One save, and the disk before and after it; both are added to lists. The first warms up."""
     import torch.distributed as dist
 
-    dist.barrier()
-    rate = disk_rate(folder.parent, write=True) if turn and args.rank == 0 else 0.0
+    def rate() -> float:
+        dist.barrier()
+        # As many bytes as the save: bursts of a disk that throttles are then the same for both.
+        warm = [path for name in ("warm", "warm.pt") for path in files(folder / name)]
+        return write_rate(folder.parent, sum(path.stat().st_size for path in warm)) if turn and args.rank == 0 else 0.0
+
+    before = rate()
     with _measured(found, "turn"):
         yield
+    after = rate()
     if turn:
         found.setdefault("saves", []).append(found["turn_s"])
-        found.setdefault("disk_writes", []).append(rate)
+        found.setdefault("disk_writes", []).append((before + after) / 2)
         found["save_s"], found["save_peak"] = statistics.median(found["saves"]), found["turn_peak"]
 
 
 @contextlib.contextmanager
-def _reading(args: argparse.Namespace, found: dict[str, Any]) -> Iterator[None]:
-    """Measures how the disk reads before and after the block; the mean is kept."""
+def _measured_load(args: argparse.Namespace, found: dict[str, Any]) -> Iterator[None]:
+    """One load, and the disk right before and after it: one process reads the very same files in order."""
     import torch.distributed as dist
+    from ready import memory_ready
 
-    folder = Path(args.folder).parent
-    rates = [disk_rate(folder, write=False)] if args.rank == 0 else [0.0]
-    dist.barrier()
-    yield
-    rates += [disk_rate(folder, write=False)] if args.rank == 0 else [0.0]
+    rates = []
+
+    def rate() -> None:
+        rates.append(read_rate(Path(args.folder)) if args.rank == 0 else 0.0)
+        dist.barrier()
+
+    needed = _NEEDED_PER_PARAMETER * found["parameters"] // args.world if args.ready else 0
+    with memory_ready(needed, rate), _measured(found, "load"):
+        yield
+    rate()
     found["disk_read"] = statistics.fmean(rates)
-    dist.barrier()
 
 
 _NEEDED_PER_PARAMETER = 20  # bytes: masters, moments, and room for what is thrown away
-
-
-def _memory_ready(args: argparse.Namespace, found: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-    from ready import memory_ready
-
-    return memory_ready(_NEEDED_PER_PARAMETER * found["parameters"] // args.world if args.ready else 0)
 
 
 def _engine(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> Any:
@@ -163,7 +169,7 @@ def _drive_engine(args: argparse.Namespace, engine: Any, x: Any, y: Any, folder:
         return time.perf_counter() - started
 
     if args.do == "load":
-        with _reading(args, found), _memory_ready(args, found), _measured(found, "load"):
+        with _measured_load(args, found):
             path, _ = engine.load_checkpoint(str(folder))
         if path is None:
             raise RuntimeError("nothing was loaded")
@@ -227,7 +233,7 @@ def _drive_torch(args: argparse.Namespace, model: Any, x: Any, y: Any, folder: P
     step()
     folder.mkdir(exist_ok=True)
     if args.do == "load":
-        with _reading(args, found), _memory_ready(args, found), _measured(found, "load"):
+        with _measured_load(args, found):
             if args.candidate == "dcp":
                 weights, state = get_state_dict(model, optimizer)
                 content = {"model": weights, "optimizer": state}
@@ -310,29 +316,58 @@ def forget(folder: Path) -> int:
     return nbytes
 
 
-_DISK_NBYTES, _DISK_BLOCK = 1 << 30, 16 << 20
+_DISK_BLOCK = 16 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-def disk_rate(folder: Path, *, write: bool) -> float:
-    """Bytes a second that one process writes (synced) or reads in order: the faster of buffered and direct."""
-    buffer = mmap.mmap(-1, _DISK_BLOCK)
+def files(path: Path) -> list[Path]:
+    """The files below a folder, in order; a file itself; nothing."""
+    return sorted(one for one in (path.rglob("*") if path.is_dir() else [path]) if one.is_file())
+
+
+def _buffer() -> mmap.mmap:
+    buffer = mmap.mmap(-1, _DISK_BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer.madvise(mmap.MADV_HUGEPAGE)
     buffer.write(os.urandom(_DISK_BLOCK))
-    places = range(0, _DISK_NBYTES, _DISK_BLOCK)
-    path = folder / "rate.bin"
-    best = 0.0
-    for flag in (0, getattr(os, "O_DIRECT", 0)):
-        with contextlib.suppress(OSError):
-            # Writes make the file anew, as saves do.
-            handle = os.open(path, (os.O_RDWR | os.O_CREAT | os.O_TRUNC if write else os.O_RDONLY) | flag)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            started = time.perf_counter()
-            for place in places:
-                (os.pwritev if write else os.preadv)(handle, [buffer], place)
-            if write:
-                os.fsync(handle)
-            best = max(best, _DISK_NBYTES / (time.perf_counter() - started))
+    return buffer
+
+
+def write_rate(folder: Path, nbytes: int) -> float:
+    """Bytes a second that one process writes in order to a new file, synced: the faster of buffered and direct."""
+    global _write_flag
+    if _write_flag is None:
+        rates = {flag: _write(folder / "rate.bin", 1 << 30, flag) for flag in (0, _DIRECT)}
+        _write_flag = max(rates, key=lambda flag: rates[flag])
+    return _write(folder / "rate.bin", nbytes, _write_flag)
+
+
+_write_flag: int | None = None
+
+
+def _write(path: Path, nbytes: int, flag: int) -> float:
+    with _buffer() as buffer:
+        started = time.perf_counter()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | flag)
+        for _ in range(0, nbytes, _DISK_BLOCK):
+            os.writev(handle, [buffer])
+        os.fsync(handle)
+        seconds = time.perf_counter() - started
+        os.close(handle)
+        path.unlink()
+    return nbytes / seconds
+
+
+def read_rate(folder: Path) -> float:
+    """Bytes a second at which one process reads the files of a folder in order, past the page cache."""
+    nbytes = 0
+    with _buffer() as buffer:
+        started = time.perf_counter()
+        for path in files(folder):
+            handle = os.open(path, os.O_RDONLY | _DIRECT)
+            while count := os.readv(handle, [buffer]):
+                nbytes += count
             os.close(handle)
-    return best
+        return nbytes / (time.perf_counter() - started)
 
 
 def export(folder: Path, out: Path) -> dict[str, float]:
@@ -364,7 +399,6 @@ def measure(args: argparse.Namespace, candidate: str, root: Path) -> dict[str, A
     shutil.rmtree(folder / "warm", ignore_errors=True)
     (folder / "warm.pt").unlink(missing_ok=True)
     found["nbytes"] = forget(folder)
-    disk_rate(folder.parent, write=True)  # makes the file that is read beside loads
     found["save_of_disk"] = of_disk(found["nbytes"], found["saves"], found["disk_writes"])
     base = candidate.removesuffix("_async")
     kinds = [(world, ready) for world in args.worlds for ready in ((True, False) if world == 2 else (True,))]

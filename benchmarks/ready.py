@@ -2,7 +2,8 @@
 
 A virtual machine may give memory that nobody uses back to its host within seconds, and getting it again takes 1 to 4 s a GB
 where an ordinary machine takes a quarter of a second. That is no property of the software that is measured. So another
-process touches as much as will be needed, and lets go of it at the moment that the measurement begins.
+process touches as much as will be needed, lets go of half of it at the moment that the measurement begins, and of the rest
+within the two seconds after: Linux looks every two seconds for what it can give back.
 """
 
 from __future__ import annotations
@@ -10,28 +11,47 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import IO, cast
 
 _HOLD = """
-import mmap, os, sys
-held = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for at in range(0, len(held), mmap.PAGESIZE):
-    held[at] = 1
+import mmap, os, sys, time
+SLICES = 16
+held = [mmap.mmap(-1, int(sys.argv[1]) // SLICES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(SLICES)]
+for one in held:
+    for at in range(0, len(one), mmap.PAGESIZE):
+        one[at] = 1
 print("held", flush=True)
-sys.stdin.read()
-os._exit(0)
+sys.stdin.readline()
+for _ in range(SLICES // 2):
+    held.pop().close()
+print("begun", flush=True)
+while held:
+    time.sleep(2 / (SLICES // 2))
+    held.pop().close()
 """
 
 
 @contextlib.contextmanager
-def memory_ready(nbytes: int) -> Iterator[None]:
-    """Has ``nbytes`` touched and given back as the block begins; all ranks wait for each other. 0: does nothing."""
+def memory_ready(nbytes: int, before: Callable[[], object]) -> Iterator[None]:
+    """Has ``nbytes`` touched and given back as the block begins; calls ``before`` right before that.
+
+    All ranks wait for each other. 0: calls ``before`` only.
+    """
     import torch.distributed as dist
 
-    if nbytes:
-        command = [sys.executable, "-c", _HOLD, str(nbytes)]
-        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        holder.stdout.readline()  # type: ignore[union-attr]
+    if nbytes == 0:
+        before()
+        yield
+        return
+    command = [sys.executable, "-c", _HOLD, str(nbytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        go, told = cast("IO[bytes]", holder.stdin), cast("IO[bytes]", holder.stdout)
+        told.readline()
         dist.barrier()
-        holder.communicate()
-    yield
+        before()
+        dist.barrier()
+        go.write(b"go\n")
+        go.flush()
+        told.readline()
+        yield

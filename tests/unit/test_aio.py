@@ -176,7 +176,9 @@ def test_memory_filesystems_are_buffered(io):
 def test_aligned_memory_is_not_copied_and_other_memory_only_by_the_call(path, monkeypatch):
     direct_or_skip(path)
     made = []
-    monkeypatch.setattr(engine, "aligned_empty", lambda nbytes: made.append(nbytes) or aligned_empty(nbytes))
+    monkeypatch.setattr(
+        engine, "aligned_empty", lambda nbytes, **kw: made.append(nbytes) or aligned_empty(nbytes, **kw)
+    )
     data = random_bytes(64 * PAGE + 9)
     with FileIO(2 * PAGE, 4, 2) as io:
         io.write(at_address(data, 0), path).wait()

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from deepspeed._core import pages
+from deepspeed._core.aio import aligned_empty
+from deepspeed._core.ckpt import blockreader
 
 # In an interpreter of its own: the heap of this one has been through other tests.
 PROGRAM = """
@@ -105,6 +107,23 @@ def test_one_slow_page_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     huge.ask(4 * PAGE, 20 * PAGE)
     assert not huge.slow
     assert len(system.given) == 1
+
+
+def test_buffers_that_disks_fill_wait_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, huge = _Advice(monkeypatch, [0.009, 0.008]), pages._HugePages()
+    monkeypatch.setattr(pages, "_huge_pages", huge)
+    huge.ask(4 * PAGE, 20 * PAGE)
+    assert huge.slow
+    system.given.clear()
+    system.touched.clear()
+    aligned_empty(8 << 20)
+    assert system.given == []
+    begin = aligned_empty(8 << 20, reused=True).data_ptr()
+    assert system.given == [(begin, 8 << 20, pages.mmap.MADV_HUGEPAGE)]
+    assert system.touched == []
+    with blockreader.FileReader():
+        pass
+    assert len(system.given) == 4
 
 
 @pytest.mark.parametrize("numel", [(4 << 20) // 4, (4 << 20) // 4 + 1, (9 << 20) // 4])

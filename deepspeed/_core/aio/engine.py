@@ -334,7 +334,7 @@ class FileIO:
         """This thread's buffer of one call; (nbytes,) uint8."""
         buffer: torch.Tensor | None = getattr(self._own, "buffer", None)
         if buffer is None or len(buffer) < nbytes:
-            buffer = self._own.buffer = aligned_empty(max(nbytes, self.call_nbytes))
+            buffer = self._own.buffer = aligned_empty(max(nbytes, self.call_nbytes), reused=True)
         return buffer[:nbytes]
 
     def _finished(self, transfer: Transfer) -> None:

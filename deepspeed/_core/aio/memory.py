@@ -17,13 +17,14 @@ __all__ = ["PAGE_NBYTES", "aligned_empty", "lock_pages", "unlock_pages"]
 PAGE_NBYTES = mmap.PAGESIZE
 
 
-def aligned_empty(numel: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+def aligned_empty(numel: int, dtype: torch.dtype = torch.uint8, *, reused: bool = False) -> torch.Tensor:
     """A flat CPU tensor that begins at a page, with a mapping of its own (so its memory goes back when it is freed).
 
     Args:
         numel: elements, >= 0. The mapping is rounded up to pages of 4 KiB, not to a power of two.
         dtype: any. The values are 0, but cost nothing until a page is touched (of large ones, which ask for huge pages, the
             first two pages are).
+        reused: it is to be filled over and over, so that huge pages are worth any wait for them.
 
     Raises:
         ValueError: ``numel`` is negative.
@@ -36,7 +37,7 @@ def aligned_empty(numel: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     nbytes = numel * dtype.itemsize
     # Private: Python's default is a shared mapping, which counts as /dev/shm memory and gets no huge pages.
     mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return in_huge_pages(torch.frombuffer(mapping, dtype=dtype, count=numel))
+    return in_huge_pages(torch.frombuffer(mapping, dtype=dtype, count=numel), wait=reused)
 
 
 @functools.cache

@@ -8,7 +8,6 @@ aligned buffers straight to the disk (``O_DIRECT``) where the file system takes 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import queue
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deepspeed._core.aio import aligned_empty
 from deepspeed._core.checksum import crc32
 from deepspeed.errors import CheckpointError
 
@@ -62,10 +62,10 @@ class BlockFile:
                 f"expected buffers of a multiple of {_SECTOR} bytes that divides {BLOCK_NBYTES} or is a multiple of it: "
                 f"{buffer_nbytes}"
             )
-        # Mapped memory begins at a page, as O_DIRECT wants. As arrays: copying into those lets other threads run.
+        # As arrays: copying into those lets other threads run.
         self._free: queue.SimpleQueue[_Bytes] = queue.SimpleQueue()
         for _ in range(buffers):
-            self._free.put(np.frombuffer(mmap.mmap(-1, buffer_nbytes), dtype=np.uint8))
+            self._free.put(aligned_empty(buffer_nbytes, reused=True).numpy())
         self._file, self._direct = _create(path)
         self._room = buffer_nbytes
         self._filling: _Bytes | None = None

@@ -49,7 +49,7 @@ class FileReader:
 
     def __init__(self) -> None:
         self._io = FileIO()
-        self._free = [aligned_empty(_PART_NBYTES) for _ in range(_AHEAD + 1)]
+        self._free = [aligned_empty(_PART_NBYTES, reused=True) for _ in range(_AHEAD + 1)]
 
     def __enter__(self) -> FileReader:
         return self
