@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-__all__ = ["crc32", "fingerprint"]
+__all__ = ["crc32", "crc32_combine", "fingerprint"]
 
 
 @functools.cache
@@ -27,6 +27,34 @@ def crc32(data: Any, value: int = 0) -> int:
     """Of anything with the buffer protocol, going on from ``value``; lets other threads run meanwhile."""
     found: int = _routines().crc32(data, value)
     return found
+
+
+def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
+    """Of bytes with the checksum ``first`` followed by ``second_nbytes`` bytes with the checksum ``second``."""
+    routine = getattr(_routines(), "crc32_combine", None)
+    if routine is not None:
+        return int(routine(first, second, second_nbytes))
+    # A zero byte behind the first multiplies its polynomial by x**8; all of them by the powers whose bits are in the count.
+    shift, square, left = _ONE, _X, 8 * second_nbytes
+    while left:
+        if left & 1:
+            shift = _times(shift, square)
+        square = _times(square, square)
+        left >>= 1
+    return _times(shift, first) ^ second
+
+
+# Polynomials over GF(2) modulo that of CRC-32, the highest bit first: bit 31 is 1, bit 30 is x.
+_POLYNOMIAL, _ONE, _X = 0xEDB88320, 1 << 31, 1 << 30
+
+
+def _times(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 def fingerprint(parts: Iterable[Any]) -> int:

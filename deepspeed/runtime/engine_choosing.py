@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspeed import comm as dist
 from deepspeed._core.bars import bytes_bar
+from deepspeed._core.ckpt.blockreader import Ranges, damage
 from deepspeed._core.ckpt.manifest import Manifest, check_complete, known_tags
 from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
+from deepspeed._core.ckpt.pieces import join
 from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.engine_checkpoint import gather, together
@@ -133,21 +135,27 @@ def _check(choice: Choice, blocks: list[tuple[str, int]], sharing: list[int]) ->
         manifest.check_content(choice.folder, part, parts, progress, blocks)
 
 
-def check_rest(choice: Choice, checked: Mapping[str, Collection[int]], problem: str | None) -> None:
+def check_rest(choice: Choice, ranges: Ranges | None, problem: str | None) -> None:
     """After files were read: checks what no rank has read. Collective; all ranks see the same folder.
 
     Args:
         choice: with the blocks that were not checked before.
-        checked: blocks that this rank has checked since, by file.
+        ranges: what this rank has read since, and checked.
         problem: what this rank has found wrong.
 
     Raises:
         DamagedError: a rank has found damage.
     """
-    found = gather((problem, {name: list(blocks) for name, blocks in checked.items()}))
-    problems = [text for text, _ in found if text is not None]
-    if not problems:
-        done = {(name, block) for _, files in found for name, blocks in files.items() for block in blocks}
+    read = (ranges.checked, ranges.pieces) if ranges is not None and problem is None else ({}, {})
+    found = gather((problem, *read))
+    problems = [text for text, *_ in found if text is not None]
+    if not problems and choice.manifest is not None:
+        done = {(name, block) for _, checked, _ in found for name, blocks in checked.items() for block in blocks}
+        for name, known in choice.manifest.files.items():
+            right, wrong = join((piece for *_, pieces in found for piece in pieces.get(name, ())), known)
+            if wrong:
+                raise DamagedError(str(damage(choice.folder / name, known, wrong[0])))
+            done |= {(name, block) for block in right}
         rest = [block for block in choice.unchecked if block not in done]
         if not rest:
             return

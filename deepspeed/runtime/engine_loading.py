@@ -101,7 +101,14 @@ def load(
     engine: DeepSpeedEngine, load_dir: str, tag: str | None, what: LoadWhat
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See ``DeepSpeedEngine.load_checkpoint``. Everything is read and checked before anything is changed."""
+    # What is read is many small objects, and torch's heap is large: collections took as long as reading them.
+    with no_collection():
+        return _load(engine, load_dir, tag, what)
 
+
+def _load(
+    engine: DeepSpeedEngine, load_dir: str, tag: str | None, what: LoadWhat
+) -> tuple[str | None, dict[str, Any] | None]:
     # A fresh engine reads files once, checking them on the way: there is room for what is read beside its own state. One
     # that has states to lose reads them twice.
     once = all(gather(_can_stage(engine, what)))
@@ -113,8 +120,7 @@ def load(
                 f"{load_dir} holds no complete checkpoint and no '{LATEST}' file, and no tag was given: nothing loaded"
             )
             return None, None
-        # What is read is many small objects, and torch's heap is large: collections took as long as reading them.
-        with gathered_files(engine, choice.folder) as whole, no_collection():
+        with gathered_files(engine, choice.folder) as whole:
             try:
                 opened, client_state = _load_from(engine, replace(choice, folder=whole), load_dir, what)
                 break
@@ -181,7 +187,7 @@ def _unless_damaged(choice: Choice) -> Iterator[None]:
         raise
     except Exception:
         if choice.unchecked:
-            check_rest(choice, {}, None)
+            check_rest(choice, None, None)
         raise
 
 
@@ -207,7 +213,8 @@ def _ranges(engine: DeepSpeedEngine, choice: Choice) -> Ranges | None:
         return None
     sums = {name: known for name, known in choice.manifest.files.items() if is_optim_states(name)}
     verify = engine._config.document.checkpoint.verify_checksums
-    return Ranges(choice.folder, sums, verify=verify, workers=_own_cores())
+    # What was checked before cannot be put together with what others read.
+    return Ranges(choice.folder, sums, verify=verify, pieces=bool(choice.unchecked), workers=_own_cores())
 
 
 def _own_cores() -> int:
@@ -258,7 +265,7 @@ def _stage(
                 early.finish()
 
     staged, problem = together(read)
-    check_rest(choice, ranges.checked if ranges is not None and problem is None else {}, problem)
+    check_rest(choice, ranges, problem)
     return staged
 
 

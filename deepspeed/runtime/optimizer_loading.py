@@ -327,6 +327,20 @@ class Staged:
             for span in layout.spans:
                 yield span, self.values[span.offset : span.offset_stop]
 
+    def take(self) -> None:
+        """Gives the values to the target's tensor, with their memory where that tensor's is nobody else's."""
+        tile, master = self.target.tile, self.target.tensor.detach().view(-1)
+        if tile is None or tile.param is not tile.bucket.master or tile.bucket.full_precision:
+            for span, values in self.pieces():
+                master[span.offset : span.offset_stop].copy_(values)
+            return
+        end = 0  # padding and what the files lack stay as they are
+        for span in sorted((span for span, _ in self.pieces()), key=lambda span: span.offset):
+            self.values[end : span.offset] = master[end : span.offset]
+            end = max(end, span.offset_stop)
+        self.values[end:] = master[end:]
+        tile.param.data = self.values
+
 
 def stage_planned(plan: LoadPlan, ranges: Ranges, early: EarlyWeights | None = None) -> list[Staged]:
     """Reads masters, then optimizer state, and changes nothing but ``early``'s weights. Not collective without it.
@@ -385,9 +399,7 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan, staged: list[Staged] | Non
     flat.unfinished("loading a checkpoint did not end")
     while staged:
         read = staged.pop()
-        master = read.target.tensor.detach().view(-1)
-        for span, values in read.pieces():
-            master[span.offset : span.offset_stop].copy_(values)
+        read.take()
         _clear(flat, plan, read.target)
         _put(flat, read.target, read.state)
     if staged is None:

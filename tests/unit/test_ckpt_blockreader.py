@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed._core.checksum import crc32
+from deepspeed._core import checksum
+from deepspeed._core.checksum import crc32, crc32_combine
 from deepspeed._core.ckpt import blockreader
 from deepspeed._core.ckpt.blockfile import FileSum
 from deepspeed._core.ckpt.blockreader import FileReader, Ranges
 from deepspeed._core.ckpt.io import load_file
+from deepspeed._core.ckpt.pieces import Piece, join, of_blocks
 from deepspeed.errors import CheckpointError
 
 BLOCK, PART = 16 << 10, 4 << 10
@@ -30,6 +34,7 @@ def small_parts(request: pytest.FixtureRequest) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockreader, "_PART_NBYTES", request.param)
         patch.setattr(blockreader, "_JOB_NBYTES", 2 * BLOCK)
+        patch.setattr(blockreader, "_GAP_NBYTES", 1000)
         yield request.param
 
 
@@ -119,16 +124,90 @@ def test_damage_is_found_where_it_is_read(tmp_path: Path, verify: bool, workers:
     assert 1 not in elsewhere.checked["file.pt"]
 
 
-@given(st.sets(st.integers(0, 20)), st.sampled_from([1000, 4096, 7000, 60_000]), st.integers(1, 999))
+extents_of_a_file = st.lists(
+    st.tuples(st.integers(0, 99_999), st.integers(0, 99_999)).map(sorted).map(tuple), max_size=8
+)
+
+
+@given(extents_of_a_file, st.integers(1, 100_001))
+def test_what_is_read_covers_the_extents_page_by_page_and_nothing_twice(extents: list, nbytes: int) -> None:
+    extents = [(low, min(high, nbytes)) for low, high in extents if low < min(high, nbytes)]
+    spans = list(blockreader._spans(extents, nbytes))
+    assert all(0 < end - begin <= blockreader._PART_NBYTES and begin % 4096 == 0 for begin, end in spans)
+    assert all(end % 4096 == 0 or end == nbytes for _, end in spans)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    read = {at for begin, end in spans for at in range(begin, end)}
+    wanted = {at for low, high in extents for at in range(low, high)}
+    assert wanted <= read
+    pages = {at // 4096 for at in wanted}
+    assert all({page - 1, page, page + 1} & pages for page in {at // 4096 for at in read})
+
+
+@given(st.sets(st.integers(0, 20)), st.sampled_from([4096, 8192, 60 << 10]), st.integers(1, 999))
 def test_blocks_are_read_whole_once_and_several_at_a_time(blocks: set[int], size: int, tail: int) -> None:
-    nbytes = 20 * size + tail
-    most = blockreader._PART_NBYTES
-    parts = list(blockreader._parts_of(sorted(blocks), size, nbytes))
-    assert all(0 < end - begin <= most for begin, end in parts)
+    known = FileSum(20 * size + tail, (0,) * 21, size)
+    parts = list(blockreader._spans(of_blocks(blocks, known), known.nbytes))
     read = [at for begin, end in parts for at in range(begin, end)]
-    assert read == [at for b in sorted(blocks) for at in range(b * size, min((b + 1) * size, nbytes))]
-    if len(blocks) == 21 and size <= most:
-        assert len(parts) <= -(-nbytes // (most // size * size))
+    assert read == [at for b in sorted(blocks) for at in range(b * size, min((b + 1) * size, known.nbytes))]
+    assert len(parts) <= len(blocks) + known.nbytes // blockreader._PART_NBYTES
+
+
+@given(st.data(), st.sampled_from([1, 3]), st.booleans())
+@settings(max_examples=60)
+def test_ranks_that_read_parts_of_blocks_check_them_together(data: st.DataObject, workers: int, damaged: bool) -> None:
+    """However a file is divided, all of it is checked by somebody, or known not to be."""
+    with tempfile.TemporaryDirectory() as name:
+        path, held = saved(Path(name))
+        known, mapped = sums(path), load_file(path)
+        if damaged:
+            content = bytearray(path.read_bytes())
+            hit = content.find(held["a"].numpy().tobytes()) + data.draw(st.integers(0, held["a"].nbytes - 1))
+            content[hit] ^= 1
+            path.write_bytes(content)
+        cuts = sorted({0, 9001, *data.draw(st.lists(st.integers(0, 9001), max_size=4))})
+        whole, right, pieces = torch.full((9001,), 7.0), set(), []
+        for begin, end in itertools.pairwise(cuts):  # a rank each
+            ranges = Ranges(path.parent, {path.name: known}, verify=True, pieces=True, workers=workers)
+            middle = data.draw(st.integers(begin, end))
+            ranges.copy(whole[middle:end], mapped["a"][middle:end])
+            ranges.then([])
+            ranges.copy(whole[begin:middle], mapped["a"][begin:middle])
+            try:
+                ranges.run(lambda count: None)
+            except CheckpointError as error:
+                assert damaged and f"its bytes {hit // BLOCK * BLOCK} to " in str(error)
+                return
+            right |= set(ranges.checked.get(path.name, []))
+            pieces += ranges.pieces.get(path.name, [])
+        assert torch.equal(whole, held["a"]) == (not damaged)
+        joined, wrong = join(pieces, known)
+        assert not joined & right
+        first = path.read_bytes().find(whole.numpy().tobytes())
+        inside = range(-(-first // BLOCK), (first + held["a"].nbytes) // BLOCK)
+        assert joined | right | set(wrong) == set(inside)
+        assert wrong == ([hit // BLOCK] if damaged and hit // BLOCK in inside else [])
+
+
+def test_pieces_that_several_have_and_pieces_that_nobody_has() -> None:
+    content = os.urandom(3 * BLOCK)
+    known = FileSum(len(content), tuple(crc32(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)), BLOCK)
+
+    def piece(block: int, begin: int, end: int, change: int = 0) -> Piece:
+        at = block * BLOCK
+        return Piece(block, at + begin, at + end, crc32(content[at + begin : at + end]) ^ change)
+
+    replicas = [piece(0, 0, 100), piece(0, 0, 100), piece(0, 0, 40), piece(0, 100, BLOCK)]
+    gap = [piece(1, 0, 100), piece(1, 101, BLOCK)]
+    assert join([*reversed(replicas), *gap, piece(2, 0, 8), piece(2, 8, BLOCK, 1)], known) == ({0}, [2])
+    assert join([], known) == (set(), [])
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300), st.booleans())
+def test_checksums_are_put_together(first: bytes, second: bytes, have_isal: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not have_isal:
+            patch.setattr(checksum, "_routines", lambda: zlib)
+        assert crc32_combine(crc32(first), crc32(second), len(second)) == zlib.crc32(first + second)
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from where ranges are copied into the tensors; the next parts are read meanwhile
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,13 +25,15 @@ from deepspeed._core.aio.engine import Transfer
 from deepspeed._core.aio.memory import PAGE_NBYTES
 from deepspeed._core.checksum import crc32
 from deepspeed._core.ckpt.blockfile import FileSum, check_size
+from deepspeed._core.ckpt.pieces import Extent, Piece, blocks_of, cut_at_blocks, merged, of_blocks
 from deepspeed.errors import CheckpointError
 
-__all__ = ["FileReader", "Ranges", "check_blocks"]
+__all__ = ["FileReader", "Ranges", "check_blocks", "damage"]
 
 _PART_NBYTES = 8 << 20
 _AHEAD = 2
 _JOB_NBYTES = 64 << 20
+_GAP_NBYTES = 64 << 10  # what lies between two extents is read with them: sooner done than another request
 
 Progress = Callable[[int], object]
 
@@ -49,7 +52,8 @@ class FileReader:
 
     def __init__(self) -> None:
         self._io = FileIO()
-        self._free = [aligned_empty(_PART_NBYTES, reused=True) for _ in range(_AHEAD + 1)]
+        self._free: list[torch.Tensor] = []
+        self._made = 0
 
     def __enter__(self) -> FileReader:
         return self
@@ -68,7 +72,7 @@ class FileReader:
 
         def read_ahead(file: DataFile) -> bool:
             while len(under_way) < _AHEAD and (span := next(coming, None)) is not None:
-                room = self._free.pop()
+                room = self._room()
                 under_way.append(_Read(*span, room, self._io.read(room[: span[1] - span[0]], file, span[0])))
             return bool(under_way)
 
@@ -90,6 +94,15 @@ class FileReader:
                 f"{path} cannot be read: {error}. Copy the file again, or load another tag"
             ) from error
 
+    def _room(self) -> torch.Tensor:
+        """A buffer; at most one more than is read ahead is in use."""
+        if self._free:
+            return self._free.pop()
+        self._made += 1
+        if self._made > _AHEAD + 1:
+            raise AssertionError("a file reader has lost its buffers; please report this")
+        return aligned_empty(_PART_NBYTES, reused=True)
+
     def _settle(self, under_way: Iterable[_Read]) -> None:
         """Waits for reads that nobody wants any more."""
         for read in under_way:
@@ -98,43 +111,51 @@ class FileReader:
             self._free.append(read.room)
 
 
-def _checked(
-    reader: FileReader, path: Path, known: FileSum, blocks: Iterable[int]
+def damage(path: Path, known: FileSum, block: int) -> CheckpointError:
+    """Says that a block has another content than was written."""
+    begin, end = block * known.block_nbytes, min((block + 1) * known.block_nbytes, known.nbytes)
+    return CheckpointError(
+        f"{path} is damaged: its bytes {begin} to {end} are not those that were written (the checksum differs). Copy the "
+        "file again, or load another tag"
+    )
+
+
+def _summed(
+    reader: FileReader, path: Path, known: FileSum, extents: Iterable[Extent], pieces: list[Piece]
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """All parts of some blocks, in order; raises ``CheckpointError`` after a part that ends a block of other content."""
-    size, found = known.block_nbytes, 0
-    for begin, end, data in reader.parts(path, _parts_of(blocks, size, known.nbytes)):
+    """Parts that have the extents, in order; raises after a part that ends a block of other content.
+
+    ``pieces`` gets the checksums of what is no whole block.
+    """
+    ahead, found = deque(cut_at_blocks(extents, known.block_nbytes)), 0
+    for begin, end, data in reader.parts(path, _spans(extents, known.nbytes)):
         damaged = None
-        # A part has several blocks, or a block several parts.
-        for at in range(begin, end, size):
-            block, stop = at // size, min(at + size, end)
-            found = crc32(data[at - begin : stop - begin].numpy(), found if at % size else 0)
-            if damaged is None and stop == min((block + 1) * size, known.nbytes) and found != known.crc32[block]:
+        while ahead and ahead[0][1] < end:
+            block, low, high = ahead[0]
+            at, stop = max(low, begin), min(high, end)
+            found = crc32(data[at - begin : stop - begin].numpy(), found if at > low else 0)
+            if stop < high:  # goes on in the next part
+                break
+            ahead.popleft()
+            if not _is_whole(block, low, high, known):
+                pieces.append(Piece(block, low, high, found))
+            elif found != known.crc32[block] and damaged is None:
                 damaged = block
         yield begin, end, data
         if damaged is not None:
-            raise CheckpointError(
-                f"{path} is damaged: its bytes {damaged * size} to {min((damaged + 1) * size, known.nbytes)} are not those "
-                "that were written (the checksum differs). Copy the file again, or load another tag"
-            )
+            raise damage(path, known, damaged)
 
 
-def _parts_of(blocks: Iterable[int], size: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """What to read at a time: as many blocks as go into a part, or parts of each block."""
-    begin = end = -1
-    for block in blocks:
-        low, high = block * size, min((block + 1) * size, nbytes)
-        if low == end and high - begin <= _PART_NBYTES:
-            end = high
-            continue
-        yield from _cut(begin, end)
-        begin, end = low, high
-    yield from _cut(begin, end)
+def _is_whole(block: int, begin: int, end: int, known: FileSum) -> bool:
+    return begin == block * known.block_nbytes and end in (begin + known.block_nbytes, known.nbytes)
 
 
-def _cut(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    for at in range(begin, end, _PART_NBYTES):
-        yield at, min(at + _PART_NBYTES, end)
+def _spans(extents: Iterable[Extent], nbytes: int) -> Iterator[Extent]:
+    """What to read at a time, of a file of ``nbytes`` bytes, to have the extents: whole pages, in order, none twice."""
+    pages = ((low // PAGE_NBYTES * PAGE_NBYTES, -(-high // PAGE_NBYTES) * PAGE_NBYTES) for low, high in extents)
+    for begin, end in merged(pages, _GAP_NBYTES):
+        for at in range(begin, min(end, nbytes), _PART_NBYTES):
+            yield at, min(at + _PART_NBYTES, end, nbytes)
 
 
 def check_blocks(
@@ -155,7 +176,8 @@ def check_blocks(
         with FileReader() as own:
             check_blocks(path, known, blocks, progress, own)
         return
-    for begin, end, _ in _checked(reader, path, known, range(len(known.crc32)) if blocks is None else blocks):
+    extents = of_blocks(range(len(known.crc32)) if blocks is None else blocks, known)
+    for begin, end, _ in _summed(reader, path, known, extents, []):
         if progress is not None:
             progress(end - begin)
 
@@ -179,18 +201,13 @@ class _Phase:
 
 
 class _Job(NamedTuple):
-    """What a thread reads at a time: blocks of a file in order (None: only what is wanted), and what is wanted of them."""
+    """What a thread reads at a time: what is wanted of the extents of a file, and whether they are summed."""
 
     name: str
     known: FileSum
     wanted: list[_Wanted]
-    blocks: list[int] | None
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Where the parts to read begin and end."""
-        if self.blocks is None:
-            return _spans(self.wanted, self.known.nbytes)
-        return _parts_of(self.blocks, self.known.block_nbytes, self.known.nbytes)
+    extents: list[Extent]
+    sums: bool = True
 
 
 class Ranges:
@@ -199,18 +216,24 @@ class Ranges:
     Args:
         folder: where the files are.
         sums: the files to read past the page cache, by name; what belongs to others, or to no file, is copied at once.
-        verify: compare the checksums of the blocks that are touched. Without, less is read at the edges.
+        verify: compare the checksums of what is read. Blocks that are touched are then read whole.
+        pieces: do not read them whole: :attr:`pieces` is to be put together with that of other ranks.
         workers: number of threads that read, sum and copy, each with buffers of 24 MiB.
 
     Attributes:
         checked: blocks whose checksum was compared, by name of the file.
+        pieces: checksums of parts of further blocks, by name of the file.
     """
 
-    def __init__(self, folder: Path, sums: Mapping[str, FileSum], *, verify: bool, workers: int = 1) -> None:
-        self._folder, self._sums, self._verify, self._workers = folder, sums, verify, workers
+    def __init__(
+        self, folder: Path, sums: Mapping[str, FileSum], *, verify: bool, pieces: bool = False, workers: int = 1
+    ) -> None:
+        self._folder, self._sums, self._workers = folder, sums, workers
+        self._verify, self._whole = verify, verify and not pieces
         self._phases = [_Phase({})]
         self._checks: list[_Job] = []
         self.checked: dict[str, list[int]] = {}
+        self.pieces: dict[str, list[Piece]] = {}
 
     def copy(self, target: torch.Tensor, held: torch.Tensor) -> None:
         """``target.copy_(held)``, when :meth:`run` comes to it. Both 1-D; ``held`` is a part of a mapped file."""
@@ -231,7 +254,7 @@ class Ranges:
 
     def check(self, name: str, known: FileSum, blocks: Sequence[int]) -> None:
         """Compares checksums of blocks of any file of the folder, after everything else was read."""
-        self._checks.append(_Job(name, known, [], sorted(blocks)))
+        self._checks.append(_Job(name, known, [], of_blocks(blocks, known)))
 
     @property
     def nbytes(self) -> int:
@@ -242,7 +265,7 @@ class Ranges:
     @property
     def check_nbytes(self) -> int:
         """How many more are to be read, because of :meth:`check`."""
-        return sum(high - low for job in self._checks for low, high in job.spans())
+        return sum(high - low for job in self._checks for low, high in _spans(job.extents, job.known.nbytes))
 
     def run(self, progress: Progress) -> None:
         """Makes the copies, and tells ``progress`` what it has copied.
@@ -300,34 +323,38 @@ class Ranges:
     def _jobs(self, name: str, wanted: list[_Wanted]) -> list[_Job]:
         wanted.sort(key=lambda one: one.begin)
         known = self._sums[name]
-        if not self._verify:
-            return [_Job(name, known, wanted, None)]
         size = known.block_nbytes
-        blocks = sorted({block for one in wanted for block in _blocks(one, size)})
+        extents = merged((one.begin, one.end) for one in wanted)
+        if self._whole:
+            extents = of_blocks(blocks_of(extents, size), known)
         if self._workers == 1:  # in one go, so that reading ahead never stops
-            return [_Job(name, known, wanted, blocks)]
+            return [_Job(name, known, wanted, extents, self._verify)]
         jobs = []
-        count = max(_JOB_NBYTES // size, 1)
-        for at in range(0, len(blocks), count):
-            run = blocks[at : at + count]
-            begin, end = run[0] * size, (run[-1] + 1) * size
-            jobs.append(_Job(name, known, [one for one in wanted if one.begin < end and one.end > begin], run))
+        stretch = max(_JOB_NBYTES // size, 1) * size
+        for window, cuts in itertools.groupby(cut_at_blocks(extents, stretch), lambda cut: cut[0]):
+            begin, end = window * stretch, (window + 1) * stretch
+            inside = [one for one in wanted if one.begin < end and one.end > begin]
+            jobs.append(_Job(name, known, inside, [(low, high) for _, low, high in cuts], self._verify))
         return jobs
 
     def _do(self, job: _Job, reader: FileReader, progress: Progress) -> None:
-        path = self._folder / job.name
-        if job.blocks is None:
-            parts = reader.parts(path, job.spans())
+        path, known = self._folder / job.name, job.known
+        pieces: list[Piece] = []
+        if job.sums:
+            parts = _summed(reader, path, known, job.extents, pieces)
         else:
-            parts = _checked(reader, path, job.known, job.blocks)
+            parts = reader.parts(path, _spans(job.extents, known.nbytes))
         if job.wanted:
             with torch.no_grad():
                 _hand_out(parts, job.wanted, progress)
         else:
             for begin, end, _ in parts:
                 progress(end - begin)
-        if job.blocks is not None:
-            self.checked.setdefault(job.name, []).extend(job.blocks)
+        if job.sums:
+            cuts = cut_at_blocks(job.extents, known.block_nbytes)
+            whole = [block for block, low, high in cuts if _is_whole(block, low, high, known)]
+            self.checked.setdefault(job.name, []).extend(whole)
+            self.pieces.setdefault(job.name, []).extend(pieces)
 
     @functools.cached_property
     def _mapped(self) -> list[tuple[int, int, int, str]]:
@@ -349,22 +376,6 @@ class Ranges:
 def _finish(steps: Iterator[object]) -> None:
     for _ in steps:
         pass
-
-
-def _blocks(wanted: _Wanted, size: int) -> range:
-    return range(wanted.begin // size, -(-wanted.end // size))
-
-
-def _spans(wanted: list[_Wanted], nbytes: int) -> Iterator[tuple[int, int]]:
-    """Parts of a file of ``nbytes`` bytes that cover what is wanted, which is in order; none twice."""
-    done = 0
-    for one in wanted:
-        at = max(one.begin // PAGE_NBYTES * PAGE_NBYTES, done)
-        end = min(-(-one.end // PAGE_NBYTES) * PAGE_NBYTES, nbytes)
-        while at < end:
-            done = min(at + _PART_NBYTES, end)
-            yield at, done
-            at = done
 
 
 def _hand_out(parts: Iterable[tuple[int, int, torch.Tensor]], wanted: list[_Wanted], progress: Progress) -> None:
