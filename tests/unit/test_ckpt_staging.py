@@ -83,6 +83,30 @@ def test_a_folder_appears_complete_and_replaces_the_older_one(tmp_path: Path) ->
     assert step_of(visible(root, TAG)) == 2
 
 
+def test_a_large_one_that_is_replaced_goes_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(content: str) -> None:
+        staging = Staging(tmp_path, "t")
+        staging.create()
+        (staging.folder / "weights").write_text(content)
+        staging.publish()
+
+    go, real = threading.Event(), staging_module.remove_folder
+    monkeypatch.setattr(staging_module, "remove_folder", lambda path: go.wait(60) and real(path))
+    monkeypatch.setattr(staging_module, "_SMALL_NBYTES", 5)
+    save("first of all")
+    save("2nd")
+    assert (tmp_path / "t" / "weights").read_text() == "2nd"
+    [old] = [path for path in tmp_path.iterdir() if path.name != "t"]
+    assert (old / "weights").exists() and old.name.endswith(".old")
+    waiting = threading.Thread(target=save, args=("3rd",))
+    waiting.start()  # it would need room for three
+    assert not any(path.name.endswith(".new") for path in tmp_path.iterdir())
+    go.set()
+    waiting.join(60)
+    assert (tmp_path / "t" / "weights").read_text() == "3rd"
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]  # a small one goes at once
+
+
 def test_files_of_others_stay(tmp_path: Path) -> None:
     save(tmp_path, 1)
     folder = tmp_path / TAG

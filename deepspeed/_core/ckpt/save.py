@@ -21,7 +21,7 @@ from deepspeed._core.ckpt.guard import end_writing, start_writing
 from deepspeed._core.ckpt.io import atomic_write_text, fsync_folder
 from deepspeed._core.ckpt.manifest import Manifest, known_tags, write_manifest
 from deepspeed._core.ckpt.native import LATEST
-from deepspeed._core.ckpt.staging import Staging, hidden_name, remove_folder, remove_leftovers
+from deepspeed._core.ckpt.staging import Staging, hidden_name, remove_hidden, remove_leftovers
 from deepspeed.errors import CheckpointError
 from deepspeed.utils.logging import logger
 
@@ -176,7 +176,7 @@ def _retire(root: Path, newest: str, keep: int) -> None:
         # Hidden first, so that nobody finds half of it.
         hidden = root / hidden_name(tag, "gone")
         os.rename(root / tag, hidden)
-        remove_folder(hidden)
+        remove_hidden(hidden)
     fsync_folder(root)
 
 

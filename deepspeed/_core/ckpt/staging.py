@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,18 @@ from deepspeed._core.ckpt.io import fsync_folder
 from deepspeed._core.ckpt.manifest import MANIFEST
 from deepspeed.errors import CheckpointError
 
-__all__ = ["Staging", "check_tag", "hidden_name", "leftovers", "remove_folder", "remove_leftovers", "tag_of", "visible"]
+__all__ = [
+    "Staging",
+    "check_tag",
+    "hidden_name",
+    "leftovers",
+    "remove_folder",
+    "remove_hidden",
+    "remove_leftovers",
+    "tag_of",
+    "visible",
+    "wait_for_removals",
+]
 
 _HIDDEN = re.compile(
     r"\.(?P<tag>.+)\.(?P<host>[^.]*)\.(?P<pid>\d+)\.(?P<id>[0-9a-f]{8})\.(?P<kind>new|old|gone)", re.DOTALL
@@ -106,6 +118,7 @@ class Staging:
             OSError: the disk is full, or the folder is read-only.
         """
         check_tag(self._tag)
+        wait_for_removals()  # there may be no room for three checkpoints
         self._root.mkdir(parents=True, exist_ok=True)
         # Not "is there, but is no folder": another run may be replacing the folder between two questions.
         if self.target.is_file() or (self.target.is_symlink() and not self.target.exists()):
@@ -142,10 +155,10 @@ class Staging:
         aside = self._root / (self.name.removesuffix("new") + "old")
         while not self._swap(aside):  # another run has put its own there at this moment: the later one stays
             _keep_foreign(aside, self.folder)
-            remove_folder(aside)
+            remove_hidden(aside)
         fsync_folder(self._root)
         _keep_foreign(aside, self.target)
-        remove_folder(aside)
+        remove_hidden(aside)
 
     def _swap(self, aside: Path) -> bool:
         """The two renames; False if the name was taken in between."""
@@ -173,6 +186,37 @@ def remove_folder(path: Path) -> None:
             path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+# A folder with more than this is removed in a thread: to give back the 4 GB of a checkpoint took 1 s, and training waited.
+_SMALL_NBYTES = 64 << 20
+
+_removals: list[threading.Thread] = []
+
+
+def remove_hidden(path: Path) -> None:
+    """Removes a folder that nobody finds any more, a large one in the background; see :func:`wait_for_removals`.
+
+    The interpreter waits for it at exit. What a killed process leaves, later saves remove.
+    """
+    try:
+        large = sum(found.stat().st_size for found in path.iterdir()) > _SMALL_NBYTES
+    except OSError:  # it is gone, or will be as far as possible
+        large = False
+    if large:
+        thread = threading.Thread(target=remove_folder, args=(path,), name="deepspeed-checkpoint-removal")
+        with suppress(RuntimeError):  # too many threads
+            thread.start()
+            _removals.append(thread)
+            return
+    remove_folder(path)
+
+
+def wait_for_removals() -> None:
+    """Returns when what this process has begun to remove in the background is gone."""
+    while _removals:
+        with suppress(IndexError):  # another thread waits, too
+            _removals.pop().join()
 
 
 def _keep_foreign(old: Path, new: Path) -> None:
