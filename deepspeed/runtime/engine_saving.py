@@ -20,10 +20,12 @@ import torch
 
 from deepspeed import comm as dist
 from deepspeed._core.ckpt.archive import Archive
+from deepspeed._core.ckpt.groups import all_gather_values
 from deepspeed._core.ckpt.io import atomic_save, refused
 from deepspeed._core.ckpt.manifest import Manifest
 from deepspeed._core.ckpt.native import NATIVE_FORMAT, model_states_name, optim_states_name
 from deepspeed._core.ckpt.save import SaveJob, WriterOptions
+from deepspeed._core.ckpt.source import Exchanged
 from deepspeed._core.ckpt.staging import Staging, check_tag
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.comm import doctor
@@ -71,6 +73,8 @@ def save(
     first = here[0] if len(here) < dist.get_world_size() else 0
     shared = dist.get_rank(engine.dp_process_group) == 0 or dist.get_rank() == first
     files = together(lambda: _archives(engine, exclude_frozen, rng, client_state, exchange, background, shared))
+    if exchange is not None and flat is not None and flat.stage in (1, 2) and not background:
+        _share_memory(engine, files, exchange)
     staging, members = _stage(Path(save_dir), chosen, here)
     job = SaveJob(
         staging=staging,
@@ -161,6 +165,25 @@ def _archives(
         content["ds_format"] = NATIVE_FORMAT
         files.append((_optim_name(engine, rank), _archive(content, {"optimizer": partition})))
     return files
+
+
+def _share_memory(
+    engine: DeepSpeedEngine, files: list[tuple[str, Archive]], group: torch.distributed.ProcessGroup
+) -> None:
+    """Has ranks of one host read each other's shards, rather than send them, if all of them can. Collective over the group.
+
+    The ranks leave the save together, so that no shard changes before all are written.
+    """
+    neighbours = engine._saver.neighbours(group)
+    if neighbours is None:
+        return
+    sources = [source for _, archive in files for source in archive.sources if isinstance(source, Exchanged)]
+    places = [source.places() for source in sources]
+    every = all_gather_values(None if None in places else places, group)
+    if None in every:
+        return
+    for index, source in enumerate(sources):
+        source.share(neighbours, [places[index] for places in every])
 
 
 def _archive(content: dict[str, Any], named: Mapping[str, Any]) -> Archive:

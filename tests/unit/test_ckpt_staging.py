@@ -232,7 +232,7 @@ def test_the_next_save_makes_room_first(tmp_path: Path, dead_pid: int, monkeypat
 def leave(
     root: Path, tag: str = TAG, *, pid: int, kind: str = "new", host: str | None = None, age_s: float = 0
 ) -> Path:
-    name = f".{tag}.{staging_module._host() if host is None else host}.{pid}.0123abcd.{kind}"
+    name = f".{tag}.{staging_module.host_key() if host is None else host}.{pid}.0123abcd.{kind}"
     (root / name).mkdir()
     fill(root / name, 5)
     then = time.time() - age_s
@@ -305,13 +305,13 @@ def test_hidden_names_carry_the_tag_and_the_process(tmp_path: Path, monkeypatch:
             check_tag(tag)
             (tmp_path / hidden_name(tag, "old")).mkdir()
             (one,) = leftovers(tmp_path)
-            assert (one.tag, one.pid, one.kind, one.host) == (tag, os.getpid(), "old", staging_module._host())
+            assert (one.tag, one.pid, one.kind, one.host) == (tag, os.getpid(), "old", staging_module.host_key())
             assert tag_of(one.path) == tag
             shutil.rmtree(one.path)
     names = set()
     for host in ("x" * 50 + "1", "x" * 50 + "2"):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
-        names.add(staging_module._host())
+        names.add(staging_module.host_key())
     assert len(names) == 2
 
 
@@ -326,7 +326,7 @@ def test_containers_of_one_host_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
             return os.stat_result((0, number, *[0] * 8))
 
         monkeypatch.setattr(os, "stat", stat)
-        names.add(staging_module._host())
+        names.add(staging_module.host_key())
     assert len(names) == 3
 
 

@@ -21,6 +21,7 @@ from deepspeed._core.ckpt.guard import end_writing, start_writing
 from deepspeed._core.ckpt.io import atomic_write_text, fsync_folder
 from deepspeed._core.ckpt.manifest import Manifest, known_tags, write_manifest
 from deepspeed._core.ckpt.native import LATEST
+from deepspeed._core.ckpt.neighbours import Neighbours, find_neighbours
 from deepspeed._core.ckpt.staging import Staging, hidden_name, remove_hidden, remove_leftovers
 from deepspeed.errors import CheckpointError
 from deepspeed.utils.logging import logger
@@ -100,11 +101,14 @@ class SaveJob:
         def write(files: Iterable[tuple[str, Archive]]) -> None:
             for name, archive in files:
                 sink = _Tolerant(self.staging.folder / name, self.options, progress)
+                failed: OSError | None = None
                 try:
                     archive.write(sink)
+                except OSError as caught:  # another rank's memory: that it has ended, those who wait for it will see
+                    failed = caught
                 finally:
                     found = sink.close()
-                error = sink.error or archive.error or self._torn(archive)
+                error = sink.error or failed or archive.error or self._torn(archive)
                 if error is not None:
                     errors.append(error)
                 if found is not None:
@@ -112,6 +116,8 @@ class SaveJob:
 
         own = [file for file in self.files if not file[1].collective]
         shared = [file for file in self.files if file[1].collective]
+        if not shared:
+            own, shared = own[:-1], own[-1:]
         if shared and own:
             with _Beside(lambda: write(own)):
                 write(shared)
@@ -251,8 +257,15 @@ class Saver:
 
     def __init__(self) -> None:
         self.groups: tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup | None] | None = None
+        self._neighbours: tuple[Neighbours | None] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def neighbours(self, group: torch.distributed.ProcessGroup) -> Neighbours | None:
+        """The ranks that share optimizer state, if they can read each other's memory. The first call is collective."""
+        if self._neighbours is None:
+            self._neighbours = (find_neighbours(group),)
+        return self._neighbours[0]
 
     @property
     def busy(self) -> bool:

@@ -13,20 +13,26 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed
 
 from deepspeed._core.ckpt import groups
+from deepspeed._core.ckpt.neighbours import Neighbours
 from deepspeed._core.layout.reshard import Copy, reshard
 from deepspeed._core.layout.spans import ShardLayout
 from deepspeed._core.pages import empty_flat
+
+T = TypeVar("T")
 
 __all__ = ["Blank", "Exchanged", "Live", "Part", "Rope", "Source"]
 
 # Long enough for large writes, short enough that who freezes a source waits for milliseconds only.
 _TILE_NBYTES = 16 << 20
+
+# What is read from neighbours at a time: it is summed and copied while a core's cache has it.
+_SIP_NBYTES = 1 << 20
 
 
 class Part(Protocol):
@@ -42,6 +48,8 @@ class Part(Protocol):
     def freeze(self) -> None: ...
 
     def drop(self, before: int) -> None: ...
+
+    def place(self) -> int | None: ...
 
 
 def _part(given: torch.Tensor | Part) -> Part:
@@ -83,6 +91,12 @@ class Live:
             copy = empty_flat(self._flat.numel(), self.dtype)
             self._flat = copy.copy_(self._flat)
             self._copied = True
+
+    def place(self) -> int | None:
+        """Where the elements are in this process's memory, one after the other; None if they are not."""
+        with self._lock:
+            flat = self._flat
+            return flat.data_ptr() if flat is not None and flat.device.type == "cpu" and flat.is_contiguous() else None
 
     def drop(self, before: int) -> None:
         """Elements before this one will not be read again."""
@@ -187,6 +201,8 @@ class Blank(Source):
 class Exchanged(Source):
     """This rank's buffer in another layout than the one in memory: each tile comes from all ranks that hold a part of it.
 
+    They send it to each other, unless they can read each other's memory: see :meth:`share`.
+
     Args:
         parts: this rank's buffer in ``held``, in consecutive 1-D tensors.
         held: the layout in memory, over the ranks of ``group``.
@@ -195,8 +211,6 @@ class Exchanged(Source):
         rank: this rank in both layouts.
         numel: the first so many elements only (the end of a buffer is padding).
     """
-
-    collective = True
 
     def __init__(
         self,
@@ -218,6 +232,29 @@ class Exchanged(Source):
             if copy.dst_rank == rank:
                 self._incoming[copy.src_rank].append(copy)
         self._last_read = self._ends_of_reading()
+        self._neighbours: Neighbours | None = None
+        self._places: Sequence[Sequence[tuple[int, int]]] = ()
+
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        """See :class:`Source`."""
+        return self._neighbours is None
+
+    def places(self) -> list[tuple[int, int]] | None:
+        """Address and number of elements of each part; None if one is not in this process's memory."""
+        found = [(part.place(), part.numel) for part in self._parts]
+        return None if any(place is None for place, _ in found) else cast("list[tuple[int, int]]", found)
+
+    def share(self, neighbours: Neighbours, places: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """From now on this rank reads by itself what others hold.
+
+        Nobody may change or give up the tensors until all ranks have written. Not for saves in the background.
+
+        Args:
+            neighbours: the ranks of the group.
+            places: what :meth:`places` gave on each rank.
+        """
+        self._neighbours, self._places = neighbours, places
 
     def _ends_of_reading(self) -> list[int]:
         """For each part, the element of the written buffers before which all copies from it end."""
@@ -231,7 +268,10 @@ class Exchanged(Source):
         return last
 
     def write(self, use: Callable[[torch.Tensor], None]) -> None:
-        """See :meth:`Source.write`. Collective over the group."""
+        """See :meth:`Source.write`. Collective over the group, unless memory is shared."""
+        if self._neighbours is not None:
+            self._write_alone(self._neighbours, use)
+            return
         size = self._wanted.buffer_numels[self._rank]
         tile = _TILE_NBYTES // self.dtype.itemsize
         windows = [_Windows(copies) for copies in self._outgoing], [_Windows(copies) for copies in self._incoming]
@@ -252,6 +292,30 @@ class Exchanged(Source):
                 coming.wait()
         for part in self._parts:
             part.drop(part.numel)
+
+    def _write_alone(self, neighbours: Neighbours, use: Callable[[torch.Tensor], None]) -> None:
+        sip = _SIP_NBYTES // self.dtype.itemsize
+        room = torch.empty(min(sip, self.numel), dtype=self.dtype)
+        at = 0
+        for copy in sorted((c for copies in self._incoming for c in copies), key=lambda c: c.dst_offset):
+            Blank(min(copy.dst_offset, self.numel) - at, self.dtype).write(use)  # padding
+            at = min(copy.dst_offset + copy.numel, self.numel)
+            for begin in range(copy.dst_offset, at, sip):
+                offset, count = copy.src_offset + begin - copy.dst_offset, min(sip, at - begin)
+                if copy.src_rank != self._rank:
+                    self._fetch(neighbours, copy.src_rank, offset, room[:count])
+                    use(room[:count])
+                    continue
+                for part, low, high in _cut(self._parts, [part.numel for part in self._parts], offset, count):
+                    part.read(low, high, use)
+        Blank(self.numel - at, self.dtype).write(use)
+
+    def _fetch(self, neighbours: Neighbours, rank: int, offset: int, out: torch.Tensor) -> None:
+        """Elements of another rank's buffer, across its parts."""
+        places, filled, itemsize = self._places[rank], 0, self.dtype.itemsize
+        for place, low, high in _cut([a for a, _ in places], [numel for _, numel in places], offset, out.numel()):
+            neighbours.read(rank, place + low * itemsize, out[filled : filled + high - low])
+            filled += high - low
 
     def _use(self, tile: _Tile, use: Callable[[torch.Tensor], None]) -> None:
         tile.wait()
@@ -301,12 +365,18 @@ class Exchanged(Source):
 
     def _read(self, offset: int, out: torch.Tensor) -> None:
         """Elements of this rank's buffer, across its parts."""
-        for part in self._parts:
-            if offset < part.numel and out.numel():
-                count = min(part.numel - offset, out.numel())
-                part.read(offset, offset + count, _into(out[:count]))
-                out, offset = out[count:], offset + count
-            offset -= part.numel
+        for part, low, high in _cut(self._parts, [part.numel for part in self._parts], offset, out.numel()):
+            part.read(low, high, _into(out[: high - low]))
+            out = out[high - low :]
+
+
+def _cut(parts: Sequence[T], numels: Sequence[int], begin: int, count: int) -> Iterator[tuple[T, int, int]]:
+    """Where ``count`` elements from ``begin`` on lie in consecutive parts: part, first and end in it."""
+    for part, numel in zip(parts, numels, strict=True):
+        low, high = max(begin, 0), min(begin + count, numel)
+        if low < high:
+            yield part, low, high
+        begin -= numel
 
 
 class _Tile:

@@ -29,6 +29,7 @@ __all__ = [
     "Staging",
     "check_tag",
     "hidden_name",
+    "host_key",
     "leftovers",
     "remove_folder",
     "remove_hidden",
@@ -57,7 +58,7 @@ _TAG_NBYTES = 255 - _HOST_NBYTES - len("....1234567890.12345678.gone")  # 255: t
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # the host's own, by its number in Linux
 
 
-def _host() -> str:
+def host_key() -> str:
     """Where a process number names one process: this host and, in a container, this container."""
     name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())
     with suppress(OSError):
@@ -70,7 +71,7 @@ def _host() -> str:
 
 def hidden_name(tag: str, kind: str) -> str:
     """A new name of a folder that is not a checkpoint yet (``new``) or any more (``old`` if replaced, else ``gone``)."""
-    return f".{tag}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
+    return f".{tag}.{host_key()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
 
 
 def check_tag(tag: str) -> None:
@@ -289,7 +290,7 @@ def remove_leftovers(root: Path) -> None:
     """Removes hidden folders and files whose process has ended; what a killed save had moved aside gets its name back."""
     if not root.is_dir():
         return
-    host = _host()
+    host = host_key()
     left = [one for one in leftovers(root) if not _in_use(one, host)]
     for tag in {one.tag for one in left}:
         best = _interrupted(left, tag)

@@ -48,6 +48,10 @@ class Stored:
             self.error = self.error or error
             return torch.zeros(end - begin, dtype=self.dtype)
 
+    def place(self) -> int | None:
+        """It has no address."""
+        return None
+
     def drop(self, before: int) -> None:
         """Elements before this one will not be read again."""
         with self._lock:
