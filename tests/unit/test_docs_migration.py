@@ -158,16 +158,16 @@ def _table(path: Path, begin: str, end: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("page", "begin", "end"),
+    ("page", "begin", "end", "least"),
     [
-        ("docs/migration.md", "<!-- figures: begin -->", "<!-- figures: end -->"),
-        ("README.md", "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"),
-        ("docs/zero.md", "Measured here", "Estimates for a model"),
+        ("docs/migration.md", "<!-- figures: begin -->", "<!-- figures: end -->", 13),
+        ("README.md", "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->", 30),
+        ("docs/zero.md", "Measured here", "Estimates for a model", 9),
     ],
 )
-def test_figures_are_those_of_the_benchmarks(page, begin, end):
+def test_figures_are_those_of_the_benchmarks(page, begin, end, least):
     measured = (ROOT / "docs" / "benchmarks.md").read_text()
     cells = [cell for row in _table(ROOT / page, begin, end) for cell in row[1:]]
     figures = [number for cell in cells for number in re.findall(r"(?<![\w.])\d+\.?\d*", cell)]
-    assert len(figures) > 8
+    assert len(figures) >= least
     assert not [number for number in figures if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", measured)]
