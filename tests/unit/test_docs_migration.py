@@ -26,8 +26,13 @@ def part(name: str) -> str:
 
 def rows(name: str) -> list[list[str]]:
     """The cells of a marked table, without its head."""
-    lines = [line for line in part(name).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return cells_of(part(name))
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The same, of the one table in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
 def quoted(name: str) -> list[str]:
@@ -150,13 +155,6 @@ def test_every_refusal_is_on_the_page(list_name, known, test):
     assert not [name for name in known.values() if name != "key" and name not in said]
 
 
-def _table(path: Path, begin: str, end: str) -> list[list[str]]:
-    """Cells of the rows between two texts of a page, without the heads."""
-    lines = path.read_text().split(begin)[1].split(end)[0].splitlines()
-    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    return [row for row in found if not row[1].startswith("---")][1:]
-
-
 @pytest.mark.parametrize(
     ("page", "begin", "end", "least"),
     [
@@ -167,7 +165,8 @@ def _table(path: Path, begin: str, end: str) -> list[list[str]]:
 )
 def test_figures_are_those_of_the_benchmarks(page, begin, end, least):
     measured = (ROOT / "docs" / "benchmarks.md").read_text()
-    cells = [cell for row in _table(ROOT / page, begin, end) for cell in row[1:]]
+    text = (ROOT / page).read_text().split(begin)[1].split(end)[0]
+    cells = [cell for row in cells_of(text) for cell in row[1:]]
     figures = [number for cell in cells for number in re.findall(r"(?<![\w.])\d+\.?\d*", cell)]
     assert len(figures) >= least
     assert not [number for number in figures if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", measured)]
