@@ -10,12 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeed._core import checksum
-from deepspeed._core.checksum import crc32, fingerprint
+from deepspeed._core.checksum import BlockSums, crc32, fingerprint
 
 
 @given(st.binary(max_size=1000), st.integers(0, 1000))
 def test_the_sum_is_zlibs(data: bytes, cut: int) -> None:
     assert crc32(data[cut:], crc32(data[:cut])) == zlib.crc32(data)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=12), st.integers(1, 16), st.booleans())
+def test_one_look_gives_the_sums_of_blocks_and_of_stretches(parts: list[bytes], block: int, have_isal: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not have_isal:
+            patch.setattr(checksum, "_routines", lambda: zlib)
+        sums, whole = BlockSums(block), b"".join(parts)
+        marks = [sums.mark()]
+        for part in parts:
+            sums.update(part)
+            marks.append(sums.mark())
+            for mark in marks:
+                assert sums.since(mark) == zlib.crc32(whole[mark.position : sums.position])
+    assert sums.position == len(whole)
+    assert sums.blocks == [zlib.crc32(whole[at : at + block]) for at in range(0, len(whole), block)]
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))

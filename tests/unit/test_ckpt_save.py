@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed._core.ckpt import blockfile, guard
+from deepspeed._core.ckpt import blockfile, guard, staging
 from deepspeed._core.ckpt import save as save_module
 from deepspeed._core.ckpt.archive import Archive
 from deepspeed._core.ckpt.guard import before_change
@@ -22,18 +22,18 @@ from deepspeed._core.ckpt.io import load_file
 from deepspeed._core.ckpt.manifest import Manifest, check_complete, known_tags
 from deepspeed._core.ckpt.save import SaveJob, Saver, WriterOptions
 from deepspeed._core.ckpt.source import Source
-from deepspeed._core.ckpt.staging import Staging
+from deepspeed._core.ckpt.staging import Staging, remove_folder
 from deepspeed.errors import CheckpointError
 
 FILE = "mp_rank_00_model_states.pt"
 
 
 def job(root: Path, tag: str = "a", content: Any = 7, *, keep_last: int | None = None, latest: bool = True) -> SaveJob:
-    staging = Staging(root, tag)
-    staging.create()
+    folder = Staging(root, tag)
+    folder.create()
     files = [(FILE, Archive(content)), ("other_optim_states.pt", Archive({"x": 1}))]
     facts = Manifest(tag, 0.0, 3, 0, 1, "1.0")
-    return SaveJob(staging, files, facts, [0], latest, keep_last, "# script\n", None, WriterOptions())
+    return SaveJob(folder, files, facts, [0], latest, keep_last, "# script\n", None, WriterOptions())
 
 
 def save(root: Path, tag: str = "a", content: Any = 7, **options: Any) -> None:
@@ -123,6 +123,36 @@ def test_old_checkpoints_go_beyond_the_count(tmp_path: Path, monkeypatch: pytest
     save(tmp_path, "g", keep_last=1, latest=False)
     assert known_tags(tmp_path) == ["g", "f"]  # which latest names
     assert everything(tmp_path) == ["broken", "f", "foreign", "g", "latest", "zero_to_fp32.py"]
+
+
+def test_nothing_is_removed_before_the_checkpoint_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To give gigabytes back takes a disk a while, and what is synced then waits for it."""
+    seen: list[tuple[str, str]] = []
+
+    def remove(path: Path) -> None:
+        seen.append((path.name, (tmp_path / "latest").read_text()))
+        remove_folder(path)
+
+    for tag in ("a", "b"):
+        save(tmp_path, tag)
+    monkeypatch.setattr(staging, "remove_hidden", remove)
+    monkeypatch.setattr(save_module, "remove_hidden", remove)
+    save(tmp_path, "a", keep_last=1)
+    assert [(name.split(".")[1], latest) for name, latest in seen] == [("a", "a"), ("b", "a")]
+    assert everything(tmp_path) == ["a", "latest", "zero_to_fp32.py"]
+
+
+def test_what_was_replaced_goes_when_latest_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path)
+
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save_module, "atomic_write_text", fail)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, content=8)
+    assert everything(tmp_path) == ["a", "latest", "zero_to_fp32.py"]
+    assert load_file(tmp_path / "a" / FILE) == 8
 
 
 def test_a_save_succeeds_when_older_ones_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def save(root: Path, step: int, tag: str = TAG) -> None:
     staging.require()
     fill(staging.folder, step)
     staging.publish()
+    staging.remove_replaced()
 
 
 def step_of(folder: Path) -> int:
@@ -89,6 +90,7 @@ def test_a_large_one_that_is_replaced_goes_in_the_background(tmp_path: Path, mon
         staging.create()
         (staging.folder / "weights").write_text(content)
         staging.publish()
+        staging.remove_replaced()
 
     go, real = threading.Event(), staging_module.remove_folder
     monkeypatch.setattr(staging_module, "remove_folder", lambda path: go.wait(60) and real(path))

@@ -3,6 +3,7 @@
 [Note: direct] Writing through the page cache copies everything once more and fills the memory with pages that nobody reads
 again; on a machine where fresh memory is expensive it was six times slower (0.26 against 1.6 GB/s). So data goes from two
 aligned buffers straight to the disk (``O_DIRECT``) where the file system takes that, while the caller fills the other one.
+The thread that writes does nothing else: when it also summed its buffers, the disk had an eighth less to do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepspeed._core.aio import aligned_empty
-from deepspeed._core.checksum import crc32
+from deepspeed._core.checksum import BlockSums
 from deepspeed.errors import CheckpointError
 
 __all__ = ["BLOCK_NBYTES", "BlockFile", "FileSum", "check_size"]
@@ -50,17 +51,17 @@ class BlockFile:
 
     Args:
         path: must not exist.
-        buffer_nbytes: size of one buffer, a multiple of 4096 that divides 1 MiB or is a multiple of it.
+        buffer_nbytes: size of one buffer, a multiple of 4096.
         buffers: number of buffers, at least 1; with two, filling one and writing the other overlap.
+
+    Attributes:
+        sums: checksums of what was written so far.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, buffer_nbytes: int = _BUFFER_NBYTES, buffers: int = 2) -> None:
-        # Buffers lie within a block, or blocks within a buffer.
-        misfits = max(BLOCK_NBYTES, buffer_nbytes) % min(BLOCK_NBYTES, buffer_nbytes)
-        if buffer_nbytes % _SECTOR or misfits or buffers < 1:
+        if buffer_nbytes < _SECTOR or buffer_nbytes % _SECTOR or buffers < 1:
             raise ValueError(
-                f"expected buffers of a multiple of {_SECTOR} bytes that divides {BLOCK_NBYTES} or is a multiple of it: "
-                f"{buffer_nbytes}"
+                f"expected at least one buffer of a multiple of {_SECTOR} bytes: {buffers} of {buffer_nbytes} bytes"
             )
         # As arrays: copying into those lets other threads run.
         self._free: queue.SimpleQueue[_Bytes] = queue.SimpleQueue()
@@ -70,8 +71,7 @@ class BlockFile:
         self._room = buffer_nbytes
         self._filling: _Bytes | None = None
         self._filled = 0
-        self._position = 0
-        self._sums: list[int] = []
+        self.sums = BlockSums(BLOCK_NBYTES)
         self._error: BaseException | None = None
         self._full: queue.SimpleQueue[tuple[_Bytes, int, int] | bool] = queue.SimpleQueue()
         # Not an executor: those take no work any more while the interpreter waits for the last threads, which may be
@@ -99,7 +99,7 @@ class BlockFile:
     @property
     def sum(self) -> FileSum:
         """Size and checksums, once the context has ended."""
-        return FileSum(self._position, tuple(self._sums))
+        return FileSum(self.sums.position, tuple(self.sums.blocks))
 
     def write(self, data: Any) -> int:
         """Appends bytes, which may be reused afterwards; returns how many.
@@ -113,8 +113,10 @@ class BlockFile:
             if self._filling is None:
                 self._filling = self._free.get()
                 self._check()
-            count = min(self._room - self._filled, len(given) - done)
-            self._filling[self._filled : self._filled + count] = given[done : done + count]
+            count = min(self._room - self._filled, len(given) - done, BLOCK_NBYTES)
+            copied = self._filling[self._filled : self._filled + count]
+            copied[:] = given[done : done + count]
+            self.sums.update(copied.data)  # while the processor still has it at hand
             done += count
             self._filled += count
             if self._filled == self._room:
@@ -127,8 +129,7 @@ class BlockFile:
 
     def _submit(self) -> None:
         if self._filling is not None:
-            self._full.put((self._filling, self._filled, self._position))
-            self._position += self._filled
+            self._full.put((self._filling, self._filled, self.sums.position - self._filled))
             self._filling, self._filled = None, 0
 
     def _put_all(self) -> None:
@@ -142,7 +143,7 @@ class BlockFile:
                     self._error = error
                 self._free.put(part[0])
             if part and self._error is None:
-                os.ftruncate(self._file, self._position)
+                os.ftruncate(self._file, self.sums.position)
                 os.fsync(self._file)
         except BaseException as error:
             self._error = error
@@ -153,12 +154,6 @@ class BlockFile:
                 self._error = self._error or error
 
     def _put(self, buffer: _Bytes, nbytes: int, offset: int) -> None:
-        if offset % BLOCK_NBYTES:
-            self._sums[-1] = crc32(buffer[:nbytes].data, self._sums[-1])
-        else:
-            self._sums += [
-                crc32(buffer[at : min(at + BLOCK_NBYTES, nbytes)].data) for at in range(0, nbytes, BLOCK_NBYTES)
-            ]
         # The last part of a file is written with what is behind it in the buffer, and cut off afterwards.
         length = -(-nbytes // _SECTOR) * _SECTOR if self._direct else nbytes
         done = 0

@@ -14,9 +14,10 @@ from typing import Any
 import torch.distributed
 
 from deepspeed._core.bars import bytes_bar
+from deepspeed._core.checksum import BlockSums
 from deepspeed._core.ckpt import groups
 from deepspeed._core.ckpt.archive import Archive
-from deepspeed._core.ckpt.blockfile import BlockFile, FileSum
+from deepspeed._core.ckpt.blockfile import BLOCK_NBYTES, BlockFile, FileSum
 from deepspeed._core.ckpt.guard import end_writing, start_writing
 from deepspeed._core.ckpt.io import atomic_write_text, fsync_folder
 from deepspeed._core.ckpt.manifest import Manifest, known_tags, write_manifest
@@ -156,18 +157,25 @@ class SaveJob:
     def _publish(self, files: dict[str, FileSum]) -> None:
         root, staging = self.staging.target.parent, self.staging
         write_manifest(staging.folder, replace(self.facts, files=files, saved_at=time.time()))
-        staging.publish()
-        script = root / "zero_to_fp32.py"
-        if not script.is_file() or script.read_bytes() != self.script.encode("utf-8"):
-            atomic_write_text(script, self.script, mode=0o755, scratch=root / hidden_name(script.name, "new"))
-        if self.latest:
-            atomic_write_text(root / LATEST, self.facts.tag, scratch=root / hidden_name(LATEST, "new"))
+        try:
+            staging.publish()
+            self._name_it(root)
+        finally:
+            staging.remove_replaced()
         try:
             remove_leftovers(root)
             if self.keep_last is not None:
                 _retire(root, self.facts.tag, self.keep_last)
         except OSError as error:
             logger.warning("checkpoint %s is saved, but older ones could not be removed: %s", staging.target, error)
+
+    def _name_it(self, root: Path) -> None:
+        """Beside the folder: the script, and ``latest``."""
+        script = root / "zero_to_fp32.py"
+        if not script.is_file() or script.read_bytes() != self.script.encode("utf-8"):
+            atomic_write_text(script, self.script, mode=0o755, scratch=root / hidden_name(script.name, "new"))
+        if self.latest:
+            atomic_write_text(root / LATEST, self.facts.tag, scratch=root / hidden_name(LATEST, "new"))
 
 
 def _retire(root: Path, newest: str, keep: int) -> None:
@@ -176,14 +184,15 @@ def _retire(root: Path, newest: str, keep: int) -> None:
     with suppress(OSError):
         protected.add((root / LATEST).read_text(encoding="utf-8").strip())
     others = [tag for tag in known_tags(root) if tag != newest]
-    for tag in others[max(keep - 1, 0) :]:
-        if tag in protected:
-            continue
-        # Hidden first, so that nobody finds half of it.
-        hidden = root / hidden_name(tag, "gone")
-        os.rename(root / tag, hidden)
-        remove_hidden(hidden)
-    fsync_folder(root)
+    retired = [tag for tag in others[max(keep - 1, 0) :] if tag not in protected]
+    hidden = [root / hidden_name(tag, "gone") for tag in retired]
+    try:
+        for tag, name in zip(retired, hidden, strict=True):
+            os.rename(root / tag, name)  # hidden first, so that nobody finds half of it
+        fsync_folder(root)
+    finally:
+        for name in hidden:
+            remove_hidden(name)
 
 
 class _Beside:
@@ -221,10 +230,12 @@ class _Tolerant:
 
     def __init__(self, path: Path, options: WriterOptions, progress: Callable[[int], object] = int) -> None:
         self.error: Exception | None = None
+        self.sums = BlockSums(BLOCK_NBYTES)
         self._progress = progress
         self._file: BlockFile | None = None
         try:
             self._file = BlockFile(path, buffer_nbytes=options.buffer_nbytes, buffers=options.buffers)
+            self.sums = self._file.sums
         except Exception as error:
             self.error = error
 

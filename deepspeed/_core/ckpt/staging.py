@@ -109,6 +109,7 @@ class Staging:
         self.name = name or hidden_name(tag, "new")
         self.folder = self._root / self.name
         self.target = self._root / tag
+        self._replaced: Path | None = None
 
     def create(self) -> None:
         """Makes the folder, and the one that it is in, after removing what killed saves left there. On one rank.
@@ -147,7 +148,7 @@ class Staging:
             time.sleep(0.05)
 
     def publish(self) -> None:
-        """Gives the complete folder its name; what had it before is gone, but for files of others. On one rank.
+        """Gives the complete folder its name; what had it before has none, but for files of others. On one rank.
 
         Raises:
             OSError: it has no name then, and what had it before has it still.
@@ -156,10 +157,15 @@ class Staging:
         aside = self._root / (self.name.removesuffix("new") + "old")
         while not self._swap(aside):  # another run has put its own there at this moment: the later one stays
             _keep_foreign(aside, self.folder)
-            remove_hidden(aside)
+            remove_folder(aside)
         fsync_folder(self._root)
         _keep_foreign(aside, self.target)
-        remove_hidden(aside)
+        self._replaced = aside
+
+    def remove_replaced(self) -> None:
+        """Removes what had the name before. When nothing is to be synced any more: that would wait for gigabytes to go."""
+        if self._replaced is not None:
+            remove_hidden(self._replaced)
 
     def _swap(self, aside: Path) -> bool:
         """The two renames; False if the name was taken in between."""
