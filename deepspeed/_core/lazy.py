@@ -66,7 +66,8 @@ class _OnFirstUse(types.ModuleType):
     """Stands for the module of its name, which is imported when an attribute is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), name)
+        load_now(self)
+        return getattr(sys.modules[self.__name__], name)
 
 
 def on_first_use(name: str) -> types.ModuleType:

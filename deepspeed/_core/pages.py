@@ -4,7 +4,7 @@
 GiB were measured on a virtual machine, 0.1 s with pages of 2 MiB. By default (``madvise``) programs must ask for those.
 Where a host takes back what its guests do not use, whole pages of 2 MiB are just what it has taken: there 4 s a GiB were
 measured with huge pages, and 0.6 s with small ones, which come from what is left between others. So the first two pages of
-a buffer are touched at once, and where both come slowly this process asks for no more.
+a buffer are touched at once, and where both come slowly this process asks for no more for a second.
 
 [Note: huge pages and disks] Direct I/O gives a disk a list of pieces of memory, one for each run of pages that follow each
 other, and more work with every piece: a virtual disk read 0.8 to 1.0 GB/s into buffers of small pages, and 1.7 to 1.9 into
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import sys
@@ -36,6 +37,8 @@ _LEAST_NBYTES = 4 << 20
 
 _HUGE_NBYTES = 2 << 20
 _PROBES = 2  # one may be slow because another process had the core
+_SLOW_S = 1.0  # after which it may be otherwise: another process has left some
+_FAST_S = 0.05  # buffers that are made together need no more than one probe, which is time in which nothing is read
 _SLOW_PAGE_S = 2e-3  # to hand out one huge page; small pages of as much memory take 0.5 to 1.2 ms
 
 
@@ -57,6 +60,7 @@ class _HugePages:
 
     def __init__(self) -> None:
         self.slow = False
+        self._known_until = -math.inf
 
     def insist(self, begin: int, end: int) -> None:
         """For the memory at these addresses, which nobody has written to yet, however long they take."""
@@ -68,14 +72,20 @@ class _HugePages:
     def ask(self, begin: int, end: int) -> None:
         """The same, as long as they come in good time."""
         advise = _madvise()
-        if advise is None or self.slow:
+        known = time.monotonic() < self._known_until
+        if advise is None or (known and self.slow):
             return
         begin, end = _whole_pages(begin, end)
         advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+        if known:
+            return
         first = -(-begin // _HUGE_NBYTES) * _HUGE_NBYTES
         probed = range(first, min(first + _PROBES * _HUGE_NBYTES, end - _HUGE_NBYTES + 1), _HUGE_NBYTES)
-        if len(probed) == _PROBES and all(_touch(address) > _SLOW_PAGE_S for address in probed):
-            self.slow = True
+        if len(probed) < _PROBES:
+            return
+        self.slow = all(_touch(address) > _SLOW_PAGE_S for address in probed)
+        self._known_until = time.monotonic() + (_SLOW_S if self.slow else _FAST_S)
+        if self.slow:
             rest = probed[-1] + _HUGE_NBYTES
             if rest < end:
                 advise(rest, end - rest, mmap.MADV_NOHUGEPAGE)

@@ -239,6 +239,11 @@ def _early_weights(
     if not _masters_count(engine) or not EarlyWeights.possible(flat):
         return None
     early = EarlyWeights(flat)
+    if flat.transport.world_size > 1 and flat.buckets[0].device.type == "cpu":
+        group = flat.transport.group or torch.distributed.group.WORLD
+        neighbours = engine._saver.neighbours(group)
+        if neighbours is not None:
+            early.share(neighbours, group)
     undo.callback(early.take_back)
     return early
 

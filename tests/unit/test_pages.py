@@ -75,6 +75,8 @@ class _Advice:
         self.touched: list[int] = []
         monkeypatch.setattr(pages, "_madvise", lambda: lambda *advice: self.given.append(advice))
         monkeypatch.setattr(pages, "_touch", lambda address: self.touched.append(address) or seconds.pop(0))
+        self.now = 7.0
+        monkeypatch.setattr(pages.time, "monotonic", lambda: self.now)
 
 
 PAGE = 2 << 20
@@ -82,7 +84,7 @@ PAGE = 2 << 20
 
 def test_huge_pages_are_asked_for_while_they_come_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     system, huge = _Advice(monkeypatch, [0.0002] * 2), pages._HugePages()
-    for begin in (3 * PAGE + 4096, 64 * PAGE):
+    for begin, system.now in ((3 * PAGE + 4096, 7.0), (64 * PAGE, 8.0)):
         huge.ask(begin, begin + 8 * PAGE)
     assert system.given == [
         (3 * PAGE + 4096, 8 * PAGE, pages.mmap.MADV_HUGEPAGE),
@@ -100,6 +102,14 @@ def test_no_more_huge_pages_where_they_come_slowly(monkeypatch: pytest.MonkeyPat
         (4 * PAGE, 16 * PAGE, pages.mmap.MADV_HUGEPAGE),
         (6 * PAGE, 14 * PAGE, pages.mmap.MADV_NOHUGEPAGE),  # behind the two that were probed
     ]
+
+
+def test_what_was_found_out_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, huge = _Advice(monkeypatch, [0.009, 0.008, 0.0002, 0.0003]), pages._HugePages()
+    for now, slow, probes in ((7.0, True, 2), (7.9, True, 2), (8.1, False, 3), (8.14, False, 3), (8.16, False, 4)):
+        system.now = now
+        huge.ask(4 * PAGE, 20 * PAGE)
+        assert (huge.slow, len(system.touched)) == (slow, probes), now
 
 
 def test_one_slow_page_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

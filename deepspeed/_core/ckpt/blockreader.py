@@ -7,6 +7,7 @@ from where ranges are copied into the tensors; the next parts are read meanwhile
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -275,44 +276,46 @@ class Ranges:
         """
         phases, self._phases = self._phases, [_Phase({})]
         checks, self._checks = self._checks, []
-        for phase in phases:
-            jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted)]
-            if phase is phases[-1]:
-                jobs += checks
-            steps = iter(phase.beside)
-            # No executor where the caller's thread is enough, which it is if it has a core for itself only.
-            if self._workers > 1 and len(jobs) > 1:
-                self._share_out(jobs, progress, steps)
-            elif jobs:
-                self._do_all(jobs, progress, steps)
-            _finish(steps)
+        with contextlib.ExitStack() as stack:
+            readers = [stack.enter_context(FileReader()) for _ in range(self._workers)]
+            for phase in phases:
+                jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted)]
+                if phase is phases[-1]:
+                    jobs += checks
+                steps = iter(phase.beside)
+                # No executor where the caller's thread is enough, which it is if it has a core for itself only.
+                if self._workers > 1 and len(jobs) > 1:
+                    self._share_out(jobs, readers, progress, steps)
+                else:
+                    self._do_all(jobs, readers[0], progress, steps)
+                _finish(steps)
 
-    def _do_all(self, jobs: Sequence[_Job], progress: Progress, steps: Iterator[object]) -> None:
+    def _do_all(self, jobs: Sequence[_Job], reader: FileReader, progress: Progress, steps: Iterator[object]) -> None:
         """Does the jobs, and a step whenever something has come."""
 
         def tell(nbytes: int) -> None:
             progress(nbytes)
             next(steps, None)
 
-        with FileReader() as reader:
-            for job in jobs:
-                self._do(job, reader, tell)
+        for job in jobs:
+            self._do(job, reader, tell)
 
-    def _share_out(self, jobs: Sequence[_Job], progress: Progress, steps: Iterator[object]) -> None:
+    def _share_out(
+        self, jobs: Sequence[_Job], readers: Sequence[FileReader], progress: Progress, steps: Iterator[object]
+    ) -> None:
         """Does the jobs in threads, in about this order, and the steps here; ends early with the first error."""
         waiting = deque(jobs)
 
-        def work() -> None:
-            with FileReader() as reader:
-                while True:
-                    try:
-                        job = waiting.popleft()
-                    except IndexError:  # all are taken
-                        return
-                    self._do(job, reader, progress)
+        def work(reader: FileReader) -> None:
+            while True:
+                try:
+                    job = waiting.popleft()
+                except IndexError:  # all are taken
+                    return
+                self._do(job, reader, progress)
 
-        with ThreadPoolExecutor(min(self._workers, len(jobs)), thread_name_prefix="deepspeed-load") as pool:
-            futures = [pool.submit(work) for _ in range(self._workers)]
+        with ThreadPoolExecutor(len(readers), thread_name_prefix="deepspeed-load") as pool:
+            futures = [pool.submit(work, reader) for reader in readers]
             try:
                 _finish(steps)
                 for future in as_completed(futures):
