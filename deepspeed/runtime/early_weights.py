@@ -4,7 +4,8 @@ Optimizer files hold masters and moments, and the weights follow from the master
 sends its part of the weights, and reads the moments meanwhile. Until all of it is checked the masters in memory stay as they
 are: if the checkpoint proves to be damaged, the weights follow them again.
 
-Ranks that can read each other's memory do not send: each says when its part is there, and the others fetch it.
+Ranks that can read each other's memory do not send: each says when its part is there, and the others fetch it. Where weights
+are shards, too, nothing travels, and a rank's own follow its masters meanwhile.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class EarlyWeights:
 
     @staticmethod
     def possible(flat: FlatOptimizer) -> bool:
-        """Whether weights are whole on every rank, and masters beside them. The same on all ranks."""
-        return flat.stage in (1, 2) and not any(bucket.full_precision for bucket in flat.buckets)
+        """Whether weights are in memory, and masters beside them. The same on all ranks."""
+        return flat.stage in (1, 2, 3) and not any(bucket.full_precision or bucket.away for bucket in flat.buckets)
 
     def share(self, neighbours: Neighbours, group: torch.distributed.ProcessGroup) -> None:
-        """From now on ranks fetch weights from each other's memory, if all have them on the host. Collective.
+        """From now on ranks fetch weights from each other's memory, if all have whole ones on the host. Collective.
 
         Args:
             neighbours: the ranks that share the optimizer's state.

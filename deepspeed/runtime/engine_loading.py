@@ -151,11 +151,11 @@ def _load_from(
         with _unless_damaged(choice):
             opened, names, plan = _prepare(engine, choice.folder, load_dir, what)
             ranges = _ranges(engine, choice)
+            if flat is not None:
+                flat.settle_weights()
             if choice.unchecked:
                 early = _early_weights(engine, plan, what, undo)
                 staged = _stage(choice, plan, ranges, early)
-        if flat is not None:
-            flat.settle_weights()
         # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
         together(lambda: _load_scheduler(engine, opened, what, names, undo))
         together(lambda: _load_module(engine, opened, what, names, plan, undo))
@@ -239,7 +239,7 @@ def _early_weights(
     if not _masters_count(engine) or not EarlyWeights.possible(flat):
         return None
     early = EarlyWeights(flat)
-    if flat.transport.world_size > 1 and flat.buckets[0].device.type == "cpu":
+    if flat.stage < 3 and flat.transport.world_size > 1 and all(held.device.type == "cpu" for held in flat.buckets):
         group = flat.transport.group or torch.distributed.group.WORLD
         neighbours = engine._saver.neighbours(group)
         if neighbours is not None:

@@ -47,6 +47,9 @@ class Slot:
 class Bucket:
     """Storage and bookkeeping of one bucket; decides nothing. All buffers are 1-D."""
 
+    away = False
+    """Whether weights rest where they have to be fetched from."""
+
     def __init__(
         self,
         index: int,
