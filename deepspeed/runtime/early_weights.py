@@ -78,8 +78,8 @@ class EarlyWeights:
     def finish(self) -> None:
         """Waits until the weights of all ranks are here. What a rank has not got, it gives as it is, to the others."""
         before_change()
+        self._finished = True  # on all ranks, also if this one fails
         self._way.finish()
-        self._finished = True
 
     def take_back(self) -> None:
         """Makes the weights follow the masters in memory again, if any were sent. Collective."""

@@ -241,8 +241,8 @@ def _early_weights(
     early = EarlyWeights(flat)
     if flat.stage < 3 and flat.transport.world_size > 1 and all(held.device.type == "cpu" for held in flat.buckets):
         group = flat.transport.group or torch.distributed.group.WORLD
-        neighbours = engine._saver.neighbours(group)
-        if neighbours is not None:
+        neighbours = engine._saver.neighbours(group) if group is not None else None
+        if group is not None and neighbours is not None:
             early.share(neighbours, group)
     undo.callback(early.take_back)
     return early
