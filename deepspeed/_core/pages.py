@@ -38,7 +38,6 @@ _LEAST_NBYTES = 4 << 20
 _HUGE_NBYTES = 2 << 20
 _PROBES = 2  # one may be slow because another process had the core
 _SLOW_S = 1.0  # after which it may be otherwise: another process has left some
-_FAST_S = 0.05  # buffers that are made together need no more than one probe, which is time in which nothing is read
 _SLOW_PAGE_S = 2e-3  # to hand out one huge page; small pages of as much memory take 0.5 to 1.2 ms
 
 
@@ -59,8 +58,7 @@ class _HugePages:
     """Asks for huge pages as long as this process gets them in good time."""
 
     def __init__(self) -> None:
-        self.slow = False
-        self._known_until = -math.inf
+        self.slow_until = -math.inf
 
     def insist(self, begin: int, end: int) -> None:
         """For the memory at these addresses, which nobody has written to yet, however long they take."""
@@ -72,20 +70,14 @@ class _HugePages:
     def ask(self, begin: int, end: int) -> None:
         """The same, as long as they come in good time."""
         advise = _madvise()
-        known = time.monotonic() < self._known_until
-        if advise is None or (known and self.slow):
+        if advise is None or time.monotonic() < self.slow_until:
             return
         begin, end = _whole_pages(begin, end)
         advise(begin, end - begin, mmap.MADV_HUGEPAGE)
-        if known:
-            return
         first = -(-begin // _HUGE_NBYTES) * _HUGE_NBYTES
         probed = range(first, min(first + _PROBES * _HUGE_NBYTES, end - _HUGE_NBYTES + 1), _HUGE_NBYTES)
-        if len(probed) < _PROBES:
-            return
-        self.slow = all(_touch(address) > _SLOW_PAGE_S for address in probed)
-        self._known_until = time.monotonic() + (_SLOW_S if self.slow else _FAST_S)
-        if self.slow:
+        if len(probed) == _PROBES and all(_touch(address) > _SLOW_PAGE_S for address in probed):
+            self.slow_until = time.monotonic() + _SLOW_S
             rest = probed[-1] + _HUGE_NBYTES
             if rest < end:
                 advise(rest, end - rest, mmap.MADV_NOHUGEPAGE)
