@@ -10,6 +10,9 @@ RANKS  ?= 2
 # One thread a process: the tests start several, and more threads than cores only fight each other.
 export OMP_NUM_THREADS := 1
 
+# Ranks wait for each other a third of the time, so two tests at a time fill two cores.
+TEST   := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 DEEPSPEED := $(BIN)/deepspeed --num_gpus $(RANKS) --bind_cores_to_rank
 TRAIN     := examples/train_gpt.py --deepspeed --deepspeed_config examples/configs/zero2.json
 
@@ -48,10 +51,10 @@ demo: $(VENV)/.ready
 # ---- Tests and checks ----
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(TEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-clients: $(CLIENTS)/.ready
 	$(CLIENTS)/bin/python -m pytest -m client tests/clients

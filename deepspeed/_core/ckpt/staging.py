@@ -160,7 +160,7 @@ class Staging:
             remove_folder(aside)
         fsync_folder(self._root)
         _keep_foreign(aside, self.target)
-        self._replaced = aside
+        self._replaced = aside if os.path.lexists(aside) else None
 
     def remove_replaced(self) -> None:
         """Removes what had the name before. When nothing is to be synced any more: that would wait for gigabytes to go."""
