@@ -17,7 +17,17 @@ from deepspeed.errors import CheckpointError
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-__all__ = ["OWN_KEYS", "RNG", "gather", "mp_rank_of", "rng_state", "saving_groups", "set_rng_state", "together"]
+__all__ = [
+    "OWN_KEYS",
+    "RNG",
+    "everyone",
+    "gather",
+    "mp_rank_of",
+    "rng_state",
+    "saving_groups",
+    "set_rng_state",
+    "together",
+]
 
 T = TypeVar("T")
 
@@ -27,12 +37,14 @@ def together(action: Callable[[], T]) -> T:
     return agreement.together(action, CheckpointError)
 
 
+def everyone(action: Callable[[], T]) -> list[T]:
+    """``action``'s result on every rank, by rank; if it fails on any, raises on all. Collective over the world."""
+    return agreement.everyone(action, CheckpointError)
+
+
 def gather(value: Any) -> list[Any]:
     """``value`` of every rank. Collective."""
-    values: list[Any] = [value] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
+    return agreement.everyone(lambda: value)
 
 
 def mp_rank_of(engine: DeepSpeedEngine) -> int:

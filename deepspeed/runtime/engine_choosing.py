@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from deepspeed._core.ckpt.native import LATEST, find_tag_dir, read_latest
 from deepspeed._core.ckpt.pieces import join
 from deepspeed._core.ckpt.universal import LATEST_UNIVERSAL
 from deepspeed.errors import CheckpointError
-from deepspeed.runtime.engine_checkpoint import gather, together
+from deepspeed.runtime.engine_checkpoint import everyone, gather
 from deepspeed.runtime.engine_local import node_ranks
 from deepspeed.utils.logging import log_dist
 
@@ -63,16 +63,9 @@ def choose(
     Raises:
         CheckpointError: the given one, or all, are missing or damaged; ranks see different folders.
     """
-    wanted = tag
-    if wanted is None and engine.load_universal_checkpoint():
-        wanted = together(lambda: read_latest(load_dir, LATEST_UNIVERSAL))
-    if wanted is not None:
-        candidates = [wanted]
-        together(lambda: find_tag_dir(load_dir, wanted))
-    else:
-        candidates = together(lambda: _candidates(load_dir))
-    require_same(candidates[0] if candidates else None, load_dir)
-    candidates = gather(candidates)[0]  # nodes with storage of their own may have kept different ones
+    every = everyone(lambda: _candidates(engine, load_dir, tag))
+    require_same([candidates[0] if candidates else None for candidates in every], load_dir)
+    candidates = every[0]  # nodes with storage of their own may have kept different ones
     problem = ""
     for candidate in candidates:
         if candidate in damaged:
@@ -80,7 +73,6 @@ def choose(
         else:
             found, problem = _examine(engine, load_dir, candidate, check)
         if found is not None:
-            require_same(found.folder.name, load_dir)
             return found
         if candidate != candidates[-1]:
             log_dist(f"{problem}. Looking for an older checkpoint in {load_dir}", level=logging.WARNING)
@@ -89,8 +81,13 @@ def choose(
     return None
 
 
-def _candidates(load_dir: str) -> list[str]:
-    """What ``latest`` names, then complete checkpoints, newest first."""
+def _candidates(engine: DeepSpeedEngine, load_dir: str, tag: str | None) -> list[str]:
+    """The tag; without one, what ``latest`` names, then complete checkpoints, newest first."""
+    if tag is None and engine.load_universal_checkpoint():
+        tag = read_latest(load_dir, LATEST_UNIVERSAL)
+    if tag is not None:
+        find_tag_dir(load_dir, tag)
+        return [tag]
     if not os.path.isdir(load_dir):
         raise CheckpointError(f"{load_dir}: expected a checkpoint folder, but there is no such folder")
     complete = known_tags(load_dir)
@@ -120,8 +117,12 @@ def _examine(engine: DeepSpeedEngine, load_dir: str, tag: str, check: bool) -> t
             _check(choice, blocks, sharing)
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    problems = [text for text in gather(problem) if text is not None]
-    return (None, problems[0]) if problems else (choice, "")
+    found = gather((problem, choice.folder.name if choice is not None else None))
+    problems = [text for text, _ in found if text is not None]
+    if problems:
+        return None, problems[0]
+    require_same([name for _, name in found], load_dir)
+    return choice, ""
 
 
 def _check(choice: Choice, blocks: list[tuple[str, int]], sharing: list[int]) -> None:
@@ -168,9 +169,8 @@ def check_rest(choice: Choice, ranges: Ranges | None, problem: str | None) -> No
         raise DamagedError(problems[0])
 
 
-def require_same(found: str | None, load_dir: str) -> None:
-    """Raises if ranks have found different things: other tags, or another content in folders of their own. Collective."""
-    every = gather(found)
+def require_same(every: Sequence[str | None], load_dir: str) -> None:
+    """Raises if ranks have found different things: other tags, or another content in folders of their own. By rank."""
     if len(set(every)) > 1:
         raise CheckpointError(
             f"ranks would load different checkpoints: {dict(enumerate(every))} in {load_dir}. Give every rank the same "

@@ -40,10 +40,11 @@ from deepspeed._core.lazy import no_collection
 from deepspeed._core.params.handle import ParamHandle, handle_of, handles_of
 from deepspeed._core.reduce.bucket import Bucket
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.comm.agreement import any_rank
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime import optimizer_loading, optimizer_state, partitioned_state
 from deepspeed.runtime.early_weights import EarlyWeights
-from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, gather, mp_rank_of, set_rng_state, together
+from deepspeed.runtime.engine_checkpoint import OWN_KEYS, RNG, everyone, mp_rank_of, set_rng_state, together
 from deepspeed.runtime.engine_choosing import Choice, DamagedError, check_rest, choose, require_same
 from deepspeed.runtime.engine_local import gathered_files
 from deepspeed.runtime.optimizer_loading import LoadPlan, ModelNames, Staged
@@ -111,7 +112,7 @@ def _load(
 ) -> tuple[str | None, dict[str, Any] | None]:
     # A fresh engine reads files once, checking them on the way: there is room for what is read beside its own state. One
     # that has states to lose reads them twice.
-    once = all(gather(_can_stage(engine, what)))
+    once = not any_rank(not _can_stage(engine, what))
     damaged: dict[str, str] = {}
     while True:
         choice = choose(engine, load_dir, tag, damaged, check=not once)
@@ -156,9 +157,13 @@ def _load_from(
             if choice.unchecked:
                 early = _early_weights(engine, plan, what, undo)
                 staged = _stage(choice, plan, ranges, early)
-        # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
-        together(lambda: _load_scheduler(engine, opened, what, names, undo))
-        together(lambda: _load_module(engine, opened, what, names, plan, undo))
+
+        def take() -> None:
+            # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
+            _load_scheduler(engine, opened, what, names, undo)
+            _load_module(engine, opened, what, names, plan, undo)
+
+        together(take)
         undo.pop_all()
     if plan is not None and flat is not None:
         together(lambda: optimizer_loading.load_planned(flat, plan, staged, ranges))
@@ -195,14 +200,24 @@ def _prepare(
     engine: DeepSpeedEngine, folder: Path, load_dir: str, what: LoadWhat
 ) -> tuple[_Opened, ModelNames, LoadPlan | None]:
     """Opens a folder and finds all that can be wrong, but for damage. Changes nothing; collective."""
-    opened = together(lambda: _open(engine, folder, what))
-    require_same(f"{tag_of(folder)} of {opened.state.get('global_steps')} steps", load_dir)
+    found: list[_Opened] = []
+
+    def open_it() -> str:
+        found.append(_open(engine, folder, what))
+        return f"{tag_of(folder)} of {found[0].state.get('global_steps')} steps"
+
+    require_same(everyone(open_it), load_dir)
+    opened = found[0]
     flat, reader = engine._flat, opened.reader
-    together(lambda: _check_module(engine, opened, what))
-    names = _model_names(engine, opened)
-    plan = None
-    if reader is not None and flat is not None:
-        plan = together(lambda: optimizer_loading.plan_load(flat, reader, names, what.strict))
+
+    def plan_it() -> tuple[ModelNames, LoadPlan | None]:
+        _check_module(engine, opened, what)
+        names = _model_names(engine, opened)
+        if reader is None or flat is None:
+            return names, None
+        return names, optimizer_loading.plan_load(flat, reader, names, what.strict)
+
+    names, plan = together(plan_it)
     _tell(folder, [*_notes_on_module(engine, opened, what), *(plan.notes if plan is not None else ())])
     return opened, names, plan
 

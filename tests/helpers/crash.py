@@ -52,7 +52,7 @@ class Moments:
         for place, names in (
             (os, _OF_FILES),
             (io, ("open",)),
-            (torch.distributed, ("all_gather_object",)),
+            (torch.distributed, ("all_gather_object", "all_reduce")),
             (groups, _OF_RANKS),
         ):
             for name in names:
