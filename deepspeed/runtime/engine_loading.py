@@ -157,13 +157,9 @@ def _load_from(
             if choice.unchecked:
                 early = _early_weights(engine, plan, what, undo)
                 staged = _stage(choice, plan, ranges, early)
-
-        def take() -> None:
-            # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
-            _load_scheduler(engine, opened, what, names, undo)
-            _load_module(engine, opened, what, names, plan, undo)
-
-        together(take)
+        # The scheduler goes first: nothing but taking it tells whether the state fits, and it is easily put back.
+        together(lambda: _load_scheduler(engine, opened, what, names, undo))
+        together(lambda: _load_module(engine, opened, what, names, plan, undo))
         undo.pop_all()
     if plan is not None and flat is not None:
         together(lambda: optimizer_loading.load_planned(flat, plan, staged, ranges))
