@@ -310,9 +310,6 @@ def _state_template(flat: FlatOptimizer, group_index: int, saved: dict[str, Any]
 # -- the copies --------------------------------------------------------------------------------------------------------
 
 
-Copy = Callable[[torch.Tensor, torch.Tensor], object]
-
-
 @dataclass(frozen=True)
 class Staged:
     """Values that were read for a target, in memory of their own; ``state`` is what the optimizer gets with them."""
@@ -357,13 +354,13 @@ def stage_planned(plan: LoadPlan, ranges: Ranges, early: EarlyWeights | None = N
     """
     staged: list[Staged] = []
     for target in plan.targets:
-        values = empty_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
+        values = ranges.empty(target.tensor)
         staged.append(Staged(target, values, {}))
-        _read_master(plan, target, values, ranges.copy)
+        _read_master(plan, target, values, ranges)
     if early is not None:
         read = _by_bucket(staged)
         ranges.then(early.send(lambda bucket: read.get(bucket.index, ())))
-    staged = [replace(one, state=_read_state(plan, one.target, ranges.copy)) for one in staged]
+    staged = [replace(one, state=_read_state(plan, one.target, ranges)) for one in staged]
     _run(plan, ranges)
     return staged
 
@@ -413,13 +410,13 @@ def load_planned(flat: FlatOptimizer, plan: LoadPlan, staged: list[Staged] | Non
 
 
 def _load_in_place(flat: FlatOptimizer, plan: LoadPlan, ranges: Ranges | None) -> None:
-    copy = ranges.copy if ranges is not None and flat.all_in_memory else torch.Tensor.copy_
+    later = ranges if flat.all_in_memory else None
     for target in plan.targets:
         with contextlib.nullcontext() if target.tile is None else flat.states.editing(target.tile):
             # Before the new state is made, so that both are never there together.
             _clear(flat, plan, target)
-            _read_master(plan, target, target.tensor.detach().view(-1), copy)
-            _put(flat, target, _read_state(plan, target, copy))
+            _read_master(plan, target, target.tensor.detach().view(-1), later)
+            _put(flat, target, _read_state(plan, target, later))
     if ranges is not None:
         _run(plan, ranges)
 
@@ -435,14 +432,18 @@ def _put(flat: FlatOptimizer, target: _Target, state: dict[str, Any]) -> None:
         flat.optimizer.state[target.tensor] = state
 
 
-def _read_master(plan: LoadPlan, target: _Target, values: torch.Tensor, copy: Copy) -> None:
-    """Fills ``values``, the flat master, by ``copy``."""
+def _read_master(plan: LoadPlan, target: _Target, values: torch.Tensor, ranges: Ranges | None) -> None:
+    """Fills ``values``, the flat master, when the ranges are read; at once without."""
     for layout in target.parts.values():
-        plan.reader.fill(None, MASTER, layout, 0, values, copy)
+        plan.reader.fill(None, MASTER, layout, 0, values, _copy(ranges))
 
 
-def _read_state(plan: LoadPlan, target: _Target, copy: Copy) -> dict[str, Any]:
-    """What the optimizer keeps of a master, filled by ``copy``."""
+def _copy(ranges: Ranges | None) -> Callable[[torch.Tensor, torch.Tensor], object]:
+    return ranges.copy if ranges is not None else torch.Tensor.copy_
+
+
+def _read_state(plan: LoadPlan, target: _Target, ranges: Ranges | None) -> dict[str, Any]:
+    """What the optimizer keeps of a master, filled when the ranges are read; at once without."""
     reader, template = plan.reader, plan.templates[target.group]
     if target.main is None:
         return {}
@@ -454,7 +455,7 @@ def _read_state(plan: LoadPlan, target: _Target, copy: Copy) -> dict[str, Any]:
         tensors = {k: v.to(target.tensor.device, copy=True) for k, v in whole.items() if _elementwise(v)}
     else:
         scalars = dict(saved.state_scalars)
-        tensors = {key: _state_tensor(reader, target, key, template, copy) for key in _keys(reader, target, saved)}
+        tensors = {key: _state_tensor(reader, target, key, template, ranges) for key in _keys(reader, target, saved)}
     return _like(template, tensors, scalars, saved, target.tensor) if scalars or tensors else {}
 
 
@@ -464,9 +465,10 @@ def _keys(reader: ZeroReader, target: _Target, saved: ZeroGroup) -> list[str]:
 
 
 def _state_tensor(
-    reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None, copy: Copy
+    reader: ZeroReader, target: _Target, key: str, template: Mapping[str, Any] | None, ranges: Ranges | None
 ) -> torch.Tensor:
-    flat = empty_flat(target.tensor.numel(), target.tensor.dtype, target.tensor.device)
+    master = target.tensor
+    flat = ranges.empty(master) if ranges is not None else empty_flat(master.numel(), master.dtype, master.device)
     parts = [part for index, part in target.parts.items() if key in reader.groups[index].state_keys]
     end = 0
     for span in sorted((s for part in parts for s in part.spans), key=lambda span: span.offset):
@@ -474,7 +476,7 @@ def _state_tensor(
         end = max(end, span.offset_stop)
     flat[end:].zero_()
     for part in parts:
-        reader.fill(None, key, part, 0, flat, copy)
+        reader.fill(None, key, part, 0, flat, _copy(ranges))
     start = (template or {}).get(key)
     if _elementwise(start):
         for begin, numel in target.fresh:

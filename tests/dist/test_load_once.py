@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deepspeed._core.ckpt import blockfile, manifest
+from deepspeed._core.ckpt import blockfile, blockreader, manifest
 from deepspeed._core.ckpt.blockreader import FileReader
-from deepspeed._core.ckpt.pieces import of_blocks
+from deepspeed._core.ckpt.pieces import merged, of_blocks
 from deepspeed.runtime import engine_loading
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
 from tests.helpers.ckpt import build, config, train
@@ -26,8 +26,9 @@ def save(rank: int, world: int, folder: str, stage: int) -> None:
     engine.save_checkpoint(folder, tag="t")
 
 
-def load(rank: int, world: int, folder: str, stage: int) -> dict[str, Any]:
+def load(rank: int, world: int, folder: str, stage: int, left_out: int) -> dict[str, Any]:
     """What this rank has summed, as extents by file, and what it has read by then and after that."""
+    blockreader._LEFT_OUT_NBYTES = left_out
     engine = build(config(stage, "bf16"), seed=3)
     before = {bucket.index: bucket.master.data_ptr() for bucket in engine._flat.buckets}
     summed: dict[str, list[tuple[int, int]]] = {}
@@ -60,7 +61,7 @@ def load(rank: int, world: int, folder: str, stage: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("saved_by", "loaded_by", "stage"), [(2, 2, 2), (3, 2, 1), (2, 3, 3), (2, 1, 2)])
 def test_every_byte_is_read_by_one_rank(tmp_path: Path, saved_by: int, loaded_by: int, stage: int) -> None:
     run_ranks(save, saved_by, str(tmp_path), stage)
-    found = run_ranks(load, loaded_by, str(tmp_path), stage)
+    found = run_ranks(load, loaded_by, str(tmp_path), stage, 0)
     files = manifest.read_manifest(tmp_path / "t").files
     nbytes = sum(known.nbytes for known in files.values())
     missing = 0
@@ -73,3 +74,12 @@ def test_every_byte_is_read_by_one_rank(tmp_path: Path, saved_by: int, loaded_by
     assert sum(rank["read"][0] for rank in found) <= nbytes - missing + 2 * 4096 * borders
     # What is left is read by whole blocks.
     assert missing <= sum(rank["read"][1] for rank in found) <= nbytes / 2
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by", "stage"), [(2, 2, 2), (3, 3, 3), (2, 1, 2)])
+def test_ranks_that_read_whole_files_leave_nothing(tmp_path: Path, saved_by: int, loaded_by: int, stage: int) -> None:
+    run_ranks(save, saved_by, str(tmp_path), stage)
+    found = run_ranks(load, loaded_by, str(tmp_path), stage, 64 << 10)
+    assert [rank["read"][1] for rank in found] == [0] * loaded_by
+    for name, known in manifest.read_manifest(tmp_path / "t").files.items():
+        assert merged(extent for rank in found for extent in rank["summed"].get(name, ())) == [(0, known.nbytes)]

@@ -23,7 +23,7 @@ from deepspeed._core.ckpt import blockreader
 from deepspeed._core.ckpt.blockfile import FileSum
 from deepspeed._core.ckpt.blockreader import FileReader, Ranges
 from deepspeed._core.ckpt.io import load_file
-from deepspeed._core.ckpt.pieces import Piece, join, of_blocks
+from deepspeed._core.ckpt.pieces import Piece, join, merged, of_blocks, small_gaps
 from deepspeed.errors import CheckpointError
 
 BLOCK, PART = 16 << 10, 4 << 10
@@ -35,6 +35,7 @@ def small_parts(request: pytest.FixtureRequest) -> Any:
         patch.setattr(blockreader, "_PART_NBYTES", request.param)
         patch.setattr(blockreader, "_JOB_NBYTES", 2 * BLOCK)
         patch.setattr(blockreader, "_GAP_NBYTES", 1000)
+        patch.setattr(blockreader, "_LEFT_OUT_NBYTES", 0)
         yield request.param
 
 
@@ -186,6 +187,50 @@ def test_ranks_that_read_parts_of_blocks_check_them_together(data: st.DataObject
         inside = range(-(-first // BLOCK), (first + held["a"].nbytes) // BLOCK)
         assert joined | right | set(wrong) == set(inside)
         assert wrong == ([hit // BLOCK] if damaged and hit // BLOCK in inside else [])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("left_out", [[], ["a"], ["b"], ["c"], ["a", "c"]])
+def test_what_lies_between_is_summed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, left_out: list[str]
+) -> None:
+    path, held = saved(tmp_path)
+    known, mapped = sums(path), load_file(path)
+    monkeypatch.setattr(blockreader, "_LEFT_OUT_NBYTES", 2000)
+    ranges = Ranges(tmp_path, {path.name: known}, verify=True, pieces=True, workers=workers)
+    targets = {key: torch.zeros_like(value) for key, value in held.items() if key not in left_out}
+    for key, target in targets.items():  # a phase each
+        ranges.copy(target, mapped[key])
+        ranges.then([])
+    told: list[int] = []
+    ranges.run(told.append)
+    assert all(torch.equal(target, held[key]) for key, target in targets.items())
+    assert sum(told) == sum(target.nbytes for target in targets.values()), "what nobody wants was counted"
+    done, wrong = join(ranges.pieces[path.name], known)
+    begins = {key: path.read_bytes().find(held[key].numpy().tobytes()) for key in ("a", "b")}
+    begins["c"] = path.read_bytes().find(held["c"].view(torch.int16).numpy().tobytes())
+    large = [(begins[key], begins[key] + held[key].nbytes) for key in left_out if held[key].nbytes > 2000]
+    open_ones = {block for begin, end in large for block in range(begin // BLOCK, -(-end // BLOCK))}
+    assert not wrong
+    assert done | set(ranges.checked[path.name]) == set(range(len(known.crc32))) - open_ones
+
+
+@given(extents_of_a_file, st.integers(1, 100_001), st.integers(0, 30_000))
+def test_small_gaps(extents: list, nbytes: int, most: int) -> None:
+    extents = merged((low, min(high, nbytes)) for low, high in extents if low < min(high, nbytes))
+    gaps = small_gaps(extents, nbytes, most)
+    assert all(0 < high - low <= most for low, high in gaps)
+    every = merged([*extents, *gaps, *((low, high) for low, high in _between(extents, nbytes) if high - low > most)])
+    assert every == ([(0, nbytes)] if extents or nbytes else [])
+    assert sum(high - low for low, high in [*extents, *gaps]) <= nbytes
+
+
+def _between(extents: list, nbytes: int) -> Iterator[tuple[int, int]]:
+    at = 0
+    for low, high in [*extents, (nbytes, nbytes)]:
+        if at < low:
+            yield at, low
+        at = high
 
 
 def test_pieces_that_several_have_and_pieces_that_nobody_has() -> None:

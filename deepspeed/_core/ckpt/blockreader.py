@@ -26,7 +26,8 @@ from deepspeed._core.aio.engine import Transfer
 from deepspeed._core.aio.memory import PAGE_NBYTES
 from deepspeed._core.checksum import crc32
 from deepspeed._core.ckpt.blockfile import FileSum, check_size
-from deepspeed._core.ckpt.pieces import Extent, Piece, blocks_of, cut_at_blocks, merged, of_blocks
+from deepspeed._core.ckpt.pieces import Extent, Piece, blocks_of, cut_at_blocks, merged, of_blocks, small_gaps
+from deepspeed._core.pages import in_huge_pages
 from deepspeed.errors import CheckpointError
 
 __all__ = ["FileReader", "Ranges", "check_blocks", "damage"]
@@ -35,6 +36,9 @@ _PART_NBYTES = 8 << 20
 _AHEAD = 2
 _JOB_NBYTES = 64 << 20
 _GAP_NBYTES = 64 << 10  # what lies between two extents is read with them: sooner done than another request
+_LEFT_OUT_NBYTES = (
+    64 << 10
+)  # headers and single numbers between what is wanted: summed with it, they leave no block open
 
 Progress = Callable[[int], object]
 
@@ -235,6 +239,16 @@ class Ranges:
         self._checks: list[_Job] = []
         self.checked: dict[str, list[int]] = {}
         self.pieces: dict[str, list[Piece]] = {}
+        self._new: dict[int, torch.Tensor] = {}
+
+    def empty(self, like: torch.Tensor) -> torch.Tensor:
+        """A new flat tensor of as many elements, to be filled by copies.
+
+        It gets huge pages when the first is made: to try them takes 0.1 s a GB, which the disk would be idle before.
+        """
+        made = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        self._new[made.untyped_storage().data_ptr()] = made
+        return made
 
     def copy(self, target: torch.Tensor, held: torch.Tensor) -> None:
         """``target.copy_(held)``, when :meth:`run` comes to it. Both 1-D; ``held`` is a part of a mapped file."""
@@ -276,10 +290,11 @@ class Ranges:
         """
         phases, self._phases = self._phases, [_Phase({})]
         checks, self._checks = self._checks, []
+        gaps = {name: self._gaps(name, phases) for name in self._sums}
         with contextlib.ExitStack() as stack:
             readers = [stack.enter_context(FileReader()) for _ in range(self._workers)]
             for phase in phases:
-                jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted)]
+                jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted, gaps[name])]
                 if phase is phases[-1]:
                     jobs += checks
                 steps = iter(phase.beside)
@@ -323,13 +338,22 @@ class Ranges:
             finally:
                 waiting.clear()
 
-    def _jobs(self, name: str, wanted: list[_Wanted]) -> list[_Job]:
+    def _gaps(self, name: str, phases: Sequence[_Phase]) -> list[Extent]:
+        """What is not wanted of a file, where it is so little that it is read anyway."""
+        extents = merged((one.begin, one.end) for phase in phases for one in phase.wanted.get(name, ()))
+        return small_gaps(extents, self._sums[name].nbytes, _LEFT_OUT_NBYTES) if extents else []
+
+    def _jobs(self, name: str, wanted: list[_Wanted], gaps: Iterable[Extent]) -> list[_Job]:
         wanted.sort(key=lambda one: one.begin)
         known = self._sums[name]
         size = known.block_nbytes
         extents = merged((one.begin, one.end) for one in wanted)
         if self._whole:
             extents = of_blocks(blocks_of(extents, size), known)
+        elif self._verify:
+            first, ends = extents[0][0], {end for _, end in extents}
+            mine = [gap for gap in gaps if gap[0] in ends or (gap[0] == 0 and gap[1] == first)]
+            extents = merged([*extents, *mine])
         if self._workers == 1:  # in one go, so that reading ahead never stops
             return [_Job(name, known, wanted, extents, self._verify)]
         jobs = []
@@ -349,7 +373,7 @@ class Ranges:
             parts = reader.parts(path, _spans(job.extents, known.nbytes))
         if job.wanted:
             with torch.no_grad():
-                _hand_out(parts, job.wanted, progress)
+                _hand_out(parts, job.wanted, self._begin, progress)
         else:
             for begin, end, _ in parts:
                 progress(end - begin)
@@ -358,6 +382,12 @@ class Ranges:
             whole = [block for block, low, high in cuts if _is_whole(block, low, high, known)]
             self.checked.setdefault(job.name, []).extend(whole)
             self.pieces.setdefault(job.name, []).extend(pieces)
+
+    def _begin(self, target: torch.Tensor) -> None:
+        """The first bytes for a target have come."""
+        new = self._new.pop(target.untyped_storage().data_ptr(), None)
+        if new is not None:
+            in_huge_pages(new)
 
     @functools.cached_property
     def _mapped(self) -> list[tuple[int, int, int, str]]:
@@ -381,12 +411,18 @@ def _finish(steps: Iterator[object]) -> None:
         pass
 
 
-def _hand_out(parts: Iterable[tuple[int, int, torch.Tensor]], wanted: list[_Wanted], progress: Progress) -> None:
+def _hand_out(
+    parts: Iterable[tuple[int, int, torch.Tensor]],
+    wanted: list[_Wanted],
+    begin_with: Callable[[torch.Tensor], object],
+    progress: Progress,
+) -> None:
     """Copies what is wanted from the parts; both are in the order of the file."""
     coming, active = deque(wanted), list[_Wanted]()
     for begin, end, data in parts:
         while coming and coming[0].begin < end:
             active.append(coming.popleft())
+            begin_with(active[-1].target)
         for one in active:
             low, high = max(one.begin, begin), min(one.end, end)
             if low < high:

@@ -6,13 +6,13 @@ checksum. Instead of each reading such a block whole, each sums what it reads, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from deepspeed._core.checksum import crc32_combine
 from deepspeed._core.ckpt.blockfile import FileSum
 
-__all__ = ["Extent", "Piece", "blocks_of", "cut_at_blocks", "join", "merged", "of_blocks"]
+__all__ = ["Extent", "Piece", "blocks_of", "cut_at_blocks", "join", "merged", "of_blocks", "small_gaps"]
 
 Extent = tuple[int, int]
 """Bytes ``begin`` to ``end`` of a file."""
@@ -36,6 +36,12 @@ def merged(extents: Iterable[Extent], gap: int = 0) -> list[Extent]:
         else:
             found.append((begin, end))
     return found
+
+
+def small_gaps(extents: Sequence[Extent], nbytes: int, most: int) -> list[Extent]:
+    """What lies before, between and behind the extents of a file, which are in order, where it is at most ``most``. Pure."""
+    begins, ends = [begin for begin, _ in extents], [end for _, end in extents]
+    return [(low, high) for low, high in zip([0, *ends], [*begins, nbytes], strict=True) if 0 < high - low <= most]
 
 
 def of_blocks(blocks: Iterable[int], known: FileSum) -> list[Extent]:
