@@ -24,9 +24,9 @@ def any_rank(said: bool) -> bool:
     """Whether any rank of the world says so. Collective."""
     if get_world_size() == 1:
         return said
-    accelerator = get_accelerator()
+    accelerator, backend = get_accelerator(), get_backend()
     # Groups of several backends take tensors of the host, too.
-    alone = get_backend() != "gloo" and get_backend() == accelerator.communication_backend_name()
+    alone = backend != "gloo" and backend == accelerator.communication_backend_name()
     flag = torch.tensor([said], dtype=torch.int32, device=accelerator.current_device_name() if alone else "cpu")
     all_reduce(flag, op=ReduceOp.MAX)
     return bool(flag.item())

@@ -34,7 +34,7 @@ from deepspeed._core.precision.dtypes import FLOAT_DTYPES, parse_dtype
 from deepspeed._core.reduce.bucket import Slot
 from deepspeed._core.reduce.collect import collect_spans
 from deepspeed._core.reduce.transport import Pending
-from deepspeed.comm.agreement import together
+from deepspeed.comm.agreement import everyone, together
 from deepspeed.errors import CheckpointError
 from deepspeed.runtime.flat_optimizer import FlatOptimizer
 from deepspeed.runtime.partitioned_state import check_written
@@ -308,9 +308,7 @@ def assign_writers(sizes: Sequence[int], world_size: int) -> list[int]:
 
 
 def _agree(plan: _Plan) -> None:
-    digests: list[Any] = [plan.digest()] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        dist.all_gather_object(digests, plan.digest())
+    digests = everyone(plan.digest, CheckpointError)
     other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if other:
         raise CheckpointError(

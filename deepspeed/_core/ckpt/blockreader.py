@@ -36,9 +36,8 @@ _PART_NBYTES = 8 << 20
 _AHEAD = 2
 _JOB_NBYTES = 64 << 20
 _GAP_NBYTES = 64 << 10  # what lies between two extents is read with them: sooner done than another request
-_LEFT_OUT_NBYTES = (
-    64 << 10
-)  # headers and single numbers between what is wanted: summed with it, they leave no block open
+# Headers and single numbers between what is wanted: summed with it, they leave no block open.
+_LEFT_OUT_NBYTES = 64 << 10
 
 Progress = Callable[[int], object]
 
@@ -254,6 +253,7 @@ class Ranges:
         """``target.copy_(held)``, when :meth:`run` comes to it. Both 1-D; ``held`` is a part of a mapped file."""
         place = self._place(held)
         if place is None:
+            self._begin(target)
             target.copy_(held)
         elif held.numel():
             name, begin = place
