@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepspeed._core.ckpt import blockfile, blockreader, manifest
-from deepspeed._core.ckpt.blockreader import FileReader
+from deepspeed._core.ckpt.filereader import FileReader
 from deepspeed._core.ckpt.pieces import merged, of_blocks
 from deepspeed.runtime import engine_loading
 from tests.helpers import preload  # noqa: F401 - before ranks are forked
@@ -34,12 +34,12 @@ def load(rank: int, world: int, folder: str, stage: int, left_out: int) -> dict[
     summed: dict[str, list[tuple[int, int]]] = {}
     read = [0, 0]
     rest = [False]
-    parts, check_rest = FileReader.parts, engine_loading.check_rest
+    stream, check_rest = FileReader._stream, engine_loading.check_rest
 
-    def counted(self: FileReader, path: Path, spans: Any) -> Any:
-        for begin, end, data in parts(self, path, spans):
-            read[rest[0]] += end - begin
-            yield begin, end, data
+    def counted(self: FileReader, wanted: Any) -> Any:
+        for index, part in stream(self, wanted):
+            read[rest[0]] += part.end - part.begin
+            yield index, part
 
     def noted(choice: Any, ranges: Any, problem: Any) -> None:
         for name, blocks in ranges.checked.items():
@@ -49,7 +49,7 @@ def load(rank: int, world: int, folder: str, stage: int, left_out: int) -> dict[
         rest[0] = True
         check_rest(choice, ranges, problem)
 
-    FileReader.parts, engine_loading.check_rest = counted, noted  # type: ignore[method-assign]
+    FileReader._stream, engine_loading.check_rest = counted, noted  # type: ignore[method-assign]
     engine.load_checkpoint(folder, tag="t")
     for bucket in engine._flat.buckets:
         [tile] = engine._flat.states.tiles(bucket)

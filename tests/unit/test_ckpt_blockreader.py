@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from deepspeed._core import checksum
 from deepspeed._core.checksum import crc32, crc32_combine
-from deepspeed._core.ckpt import blockreader
+from deepspeed._core.ckpt import blockreader, filereader
 from deepspeed._core.ckpt.blockfile import FileSum
-from deepspeed._core.ckpt.blockreader import FileReader, Ranges
+from deepspeed._core.ckpt.blockreader import Ranges
+from deepspeed._core.ckpt.filereader import FileReader, spans_of
 from deepspeed._core.ckpt.io import load_file
 from deepspeed._core.ckpt.pieces import Piece, join, merged, of_blocks, small_gaps
 from deepspeed.errors import CheckpointError
@@ -32,9 +33,9 @@ BLOCK, PART = 16 << 10, 4 << 10
 @pytest.fixture(autouse=True, scope="module", params=[PART, 40 << 10], ids=["parts of a block", "blocks in a part"])
 def small_parts(request: pytest.FixtureRequest) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockreader, "_PART_NBYTES", request.param)
+        patch.setattr(filereader, "_PART_NBYTES", request.param)
         patch.setattr(blockreader, "_JOB_NBYTES", 2 * BLOCK)
-        patch.setattr(blockreader, "_GAP_NBYTES", 1000)
+        patch.setattr(filereader, "_GAP_NBYTES", 1000)
         patch.setattr(blockreader, "_LEFT_OUT_NBYTES", 0)
         yield request.param
 
@@ -133,8 +134,8 @@ extents_of_a_file = st.lists(
 @given(extents_of_a_file, st.integers(1, 100_001))
 def test_what_is_read_covers_the_extents_page_by_page_and_nothing_twice(extents: list, nbytes: int) -> None:
     extents = [(low, min(high, nbytes)) for low, high in extents if low < min(high, nbytes)]
-    spans = list(blockreader._spans(extents, nbytes))
-    assert all(0 < end - begin <= blockreader._PART_NBYTES and begin % 4096 == 0 for begin, end in spans)
+    spans = list(spans_of(extents, nbytes))
+    assert all(0 < end - begin <= filereader._PART_NBYTES and begin % 4096 == 0 for begin, end in spans)
     assert all(end % 4096 == 0 or end == nbytes for _, end in spans)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     read = {at for begin, end in spans for at in range(begin, end)}
@@ -147,10 +148,10 @@ def test_what_is_read_covers_the_extents_page_by_page_and_nothing_twice(extents:
 @given(st.sets(st.integers(0, 20)), st.sampled_from([4096, 8192, 60 << 10]), st.integers(1, 999))
 def test_blocks_are_read_whole_once_and_several_at_a_time(blocks: set[int], size: int, tail: int) -> None:
     known = FileSum(20 * size + tail, (0,) * 21, size)
-    parts = list(blockreader._spans(of_blocks(blocks, known), known.nbytes))
+    parts = list(spans_of(of_blocks(blocks, known), known.nbytes))
     read = [at for begin, end in parts for at in range(begin, end)]
     assert read == [at for b in sorted(blocks) for at in range(b * size, min((b + 1) * size, known.nbytes))]
-    assert len(parts) <= len(blocks) + known.nbytes // blockreader._PART_NBYTES
+    assert len(parts) <= len(blocks) + known.nbytes // filereader._PART_NBYTES
 
 
 @given(st.data(), st.sampled_from([1, 3]), st.booleans())
@@ -277,7 +278,7 @@ def test_only_a_few_parts_are_read_ahead_and_rooms_come_back(tmp_path: Path, mon
         monkeypatch.setattr(reader._io, "read", lambda *a: (begun.append(a[2]), real(*a))[1])
         for index, (begin, end, data) in enumerate(reader.parts(path, spans)):
             assert data.numpy().tobytes() == content[begin:end]
-            assert len(begun) <= index + 1 + 2
+            assert len(begun) <= index + 1 + filereader._AHEAD
             if index == 3:
                 break  # whoever stops early
         found = [data.numpy().tobytes() for _, _, data in reader.parts(path, spans)]
@@ -287,8 +288,30 @@ def test_only_a_few_parts_are_read_ahead_and_rooms_come_back(tmp_path: Path, mon
             patch.setattr("os.preadv", lambda *a: (_ for _ in ()).throw(failing))
             with pytest.raises(CheckpointError, match=r"cannot be read.*Input/output error"):
                 list(reader.parts(path, spans))
-        assert len(reader._free) == 3
+        assert len(reader._free) == filereader._AHEAD + 1
         assert b"".join(data.numpy().tobytes() for _, _, data in reader.parts(path, spans)) == content
+
+
+def test_the_parts_of_the_next_file_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, wanted = [tmp_path / name for name in "abcdefghijkl"], []
+    for path, count in zip(paths, (3, 1, 7, *[1] * 9), strict=True):
+        path.write_bytes(os.urandom(count * PART))
+        wanted.append((path, [(at, at + PART) for at in range(0, count * PART, PART)]))
+    begun: list[str] = []
+    with FileReader() as reader:
+        real = reader._io.read
+        monkeypatch.setattr(reader._io, "read", lambda *a: (begun.append(Path(a[1].path).name), real(*a))[1])
+        found = []
+        for parts in reader.each(wanted):
+            found.append(b"".join(part.data.numpy().tobytes() for part in parts))
+            if len(found) == 1:
+                assert begun[:4] == ["a", "a", "a", "b"], "the disk was idle between two files"
+        assert found == [path.read_bytes() for path in paths]
+        assert len(reader._files) <= filereader._AHEAD + 2 < len(paths), "files stay open"
+        with pytest.raises(AssertionError, match="nothing is wanted of file 1"):
+            for parts in reader.each([wanted[0], (paths[1], []), wanted[2]]):
+                list(parts)
+    assert not reader._files
 
 
 def test_without_the_list_of_mappings_everything_is_copied_at_once(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from deepspeed._core import pages
 from deepspeed._core.aio import aligned_empty
-from deepspeed._core.ckpt import blockreader
+from deepspeed._core.ckpt.filereader import FileReader
 
 # In an interpreter of its own: the heap of this one has been through other tests.
 PROGRAM = """
@@ -118,7 +119,7 @@ def test_one_slow_page_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(system.given) == 1
 
 
-def test_buffers_that_disks_fill_wait_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_that_disks_fill_wait_for_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, huge = _Advice(monkeypatch, [0.009, 0.008]), pages._HugePages()
     monkeypatch.setattr(pages, "_huge_pages", huge)
     huge.ask(4 * PAGE, 20 * PAGE)
@@ -130,8 +131,11 @@ def test_buffers_that_disks_fill_wait_for_huge_pages(monkeypatch: pytest.MonkeyP
     begin = aligned_empty(8 << 20, reused=True).data_ptr()
     assert system.given == [(begin, 8 << 20, pages.mmap.MADV_HUGEPAGE)]
     assert system.touched == []
-    with blockreader.FileReader() as reader:
-        assert reader._room().data_ptr() == system.given[1][0]
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    with FileReader() as reader:
+        [part] = reader.parts(path, [(0, 4096)])
+        assert part.data.data_ptr() == system.given[1][0]
 
 
 @pytest.mark.parametrize("numel", [(4 << 20) // 4, (4 << 20) // 4 + 1, (9 << 20) // 4])

@@ -1,8 +1,8 @@
 """Checkpoint files read front to back past the page cache: checked on the way, and copied to where they are wanted.
 
 [Note: past the page cache] Through the page cache, or a mapping, every byte takes a page of fresh memory that nobody uses
-again. So parts of files go by direct I/O into a few buffers that are used over and over, where checksums are compared and
-from where ranges are copied into the tensors; the next parts are read meanwhile.
+again. So parts of files go by direct I/O into a few buffers (:class:`~deepspeed._core.ckpt.filereader.FileReader`), where
+checksums are compared and from where ranges are copied into the tensors; the next parts are read meanwhile.
 """
 
 from __future__ import annotations
@@ -21,98 +21,21 @@ from typing import NamedTuple
 
 import torch
 
-from deepspeed._core.aio import DataFile, FileIO, aligned_empty
-from deepspeed._core.aio.engine import Transfer
-from deepspeed._core.aio.memory import PAGE_NBYTES
 from deepspeed._core.checksum import crc32
 from deepspeed._core.ckpt.blockfile import FileSum, check_size
+from deepspeed._core.ckpt.filereader import FileReader, Part, spans_of
 from deepspeed._core.ckpt.pieces import Extent, Piece, blocks_of, cut_at_blocks, merged, of_blocks, small_gaps
 from deepspeed._core.pages import in_huge_pages
 from deepspeed.errors import CheckpointError
 
-__all__ = ["FileReader", "Ranges", "check_blocks", "damage"]
+__all__ = ["Ranges", "check_blocks", "damage"]
 
-_PART_NBYTES = 8 << 20
-_AHEAD = 2
 _JOB_NBYTES = 64 << 20
-_GAP_NBYTES = 64 << 10  # what lies between two extents is read with them: sooner done than another request
+_AHEAD_OF_MANY = 2  # parts: several readers keep a disk busy with less
 # Headers and single numbers between what is wanted: summed with it, they leave no block open.
 _LEFT_OUT_NBYTES = 64 << 10
 
 Progress = Callable[[int], object]
-
-
-class _Read(NamedTuple):
-    """Bytes ``begin`` to ``end`` on their way into ``room``."""
-
-    begin: int
-    end: int
-    room: torch.Tensor
-    transfer: Transfer
-
-
-class FileReader:
-    """Reads parts of files in the order they are asked for, some of them ahead. Use as a context."""
-
-    def __init__(self) -> None:
-        self._io = FileIO()
-        self._free: list[torch.Tensor] = []
-        self._made = 0
-
-    def __enter__(self) -> FileReader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._io.close()
-
-    def parts(self, path: Path, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Gives ``(begin, end, bytes)`` for each span of at most 8 MiB; the bytes are there until the next one is taken.
-
-        Raises:
-            CheckpointError: the file cannot be read, or ends before.
-        """
-        coming = iter(spans)
-        under_way: deque[_Read] = deque()
-
-        def read_ahead(file: DataFile) -> bool:
-            while len(under_way) < _AHEAD and (span := next(coming, None)) is not None:
-                room = self._room()
-                under_way.append(_Read(*span, room, self._io.read(room[: span[1] - span[0]], file, span[0])))
-            return bool(under_way)
-
-        try:
-            with DataFile(path) as file:
-                try:
-                    while read_ahead(file):
-                        under_way[0].transfer.wait()
-                        begin, end, room, _ = under_way.popleft()
-                        try:
-                            read_ahead(file)
-                            yield begin, end, room[: end - begin]
-                        finally:
-                            self._free.append(room)
-                finally:
-                    self._settle(under_way)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}. Copy the file again, or load another tag"
-            ) from error
-
-    def _room(self) -> torch.Tensor:
-        """A buffer; at most one more than is read ahead is in use."""
-        if self._free:
-            return self._free.pop()
-        self._made += 1
-        if self._made > _AHEAD + 1:
-            raise AssertionError("a file reader has lost its buffers; please report this")
-        return aligned_empty(_PART_NBYTES, reused=True)
-
-    def _settle(self, under_way: Iterable[_Read]) -> None:
-        """Waits for reads that nobody wants any more."""
-        for read in under_way:
-            with suppress(OSError):  # the first error is the one to tell
-                read.transfer.wait()
-            self._free.append(read.room)
 
 
 def damage(path: Path, known: FileSum, block: int) -> CheckpointError:
@@ -125,14 +48,15 @@ def damage(path: Path, known: FileSum, block: int) -> CheckpointError:
 
 
 def _summed(
-    reader: FileReader, path: Path, known: FileSum, extents: Iterable[Extent], pieces: list[Piece]
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Parts that have the extents, in order; raises after a part that ends a block of other content.
+    parts: Iterable[Part], path: Path, known: FileSum, extents: Iterable[Extent], pieces: list[Piece]
+) -> Iterator[Part]:
+    """The parts, which have the extents, in order; raises after one that ends a block of other content.
 
     ``pieces`` gets the checksums of what is no whole block.
     """
     ahead, found = deque(cut_at_blocks(extents, known.block_nbytes)), 0
-    for begin, end, data in reader.parts(path, _spans(extents, known.nbytes)):
+    for part in parts:
+        begin, end, data = part
         damaged = None
         while ahead and ahead[0][1] < end:
             block, low, high = ahead[0]
@@ -145,21 +69,13 @@ def _summed(
                 pieces.append(Piece(block, low, high, found))
             elif found != known.crc32[block] and damaged is None:
                 damaged = block
-        yield begin, end, data
+        yield part
         if damaged is not None:
             raise damage(path, known, damaged)
 
 
 def _is_whole(block: int, begin: int, end: int, known: FileSum) -> bool:
     return begin == block * known.block_nbytes and end in (begin + known.block_nbytes, known.nbytes)
-
-
-def _spans(extents: Iterable[Extent], nbytes: int) -> Iterator[Extent]:
-    """What to read at a time, of a file of ``nbytes`` bytes, to have the extents: whole pages, in order, none twice."""
-    pages = ((low // PAGE_NBYTES * PAGE_NBYTES, -(-high // PAGE_NBYTES) * PAGE_NBYTES) for low, high in extents)
-    for begin, end in merged(pages, _GAP_NBYTES):
-        for at in range(begin, min(end, nbytes), _PART_NBYTES):
-            yield at, min(at + _PART_NBYTES, end, nbytes)
 
 
 def check_blocks(
@@ -181,7 +97,8 @@ def check_blocks(
             check_blocks(path, known, blocks, progress, own)
         return
     extents = of_blocks(range(len(known.crc32)) if blocks is None else blocks, known)
-    for begin, end, _ in _summed(reader, path, known, extents, []):
+    parts = reader.parts(path, spans_of(extents, known.nbytes))
+    for begin, end, _ in _summed(parts, path, known, extents, []):
         if progress is not None:
             progress(end - begin)
 
@@ -213,6 +130,11 @@ class _Job(NamedTuple):
     extents: list[Extent]
     sums: bool = True
 
+    @property
+    def spans(self) -> Iterator[Extent]:
+        """What to read at a time."""
+        return spans_of(self.extents, self.known.nbytes)
+
 
 class Ranges:
     """Copies of ranges of a folder's files, collected first, then made in the order of the files.
@@ -222,7 +144,7 @@ class Ranges:
         sums: the files to read past the page cache, by name; what belongs to others, or to no file, is copied at once.
         verify: compare the checksums of what is read. Blocks that are touched are then read whole.
         pieces: do not read them whole: :attr:`pieces` is to be put together with that of other ranks.
-        workers: number of threads that read, sum and copy, each with buffers of 24 MiB.
+        workers: number of threads that read, sum and copy, each with a few buffers of 8 MiB.
 
     Attributes:
         checked: blocks whose checksum was compared, by name of the file.
@@ -239,6 +161,9 @@ class Ranges:
         self.checked: dict[str, list[int]] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self._new: dict[int, torch.Tensor] = {}
+
+    def _reader(self) -> FileReader:
+        return FileReader() if self._workers == 1 else FileReader(_AHEAD_OF_MANY)
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
         """A new flat tensor of as many elements, to be filled by copies.
@@ -269,7 +194,8 @@ class Ranges:
 
     def check(self, name: str, known: FileSum, blocks: Sequence[int]) -> None:
         """Compares checksums of blocks of any file of the folder, after everything else was read."""
-        self._checks.append(_Job(name, known, [], of_blocks(blocks, known)))
+        if blocks:
+            self._checks.append(_Job(name, known, [], of_blocks(blocks, known)))
 
     @property
     def nbytes(self) -> int:
@@ -280,7 +206,7 @@ class Ranges:
     @property
     def check_nbytes(self) -> int:
         """How many more are to be read, because of :meth:`check`."""
-        return sum(high - low for job in self._checks for low, high in _spans(job.extents, job.known.nbytes))
+        return sum(high - low for job in self._checks for low, high in job.spans)
 
     def run(self, progress: Progress) -> None:
         """Makes the copies, and tells ``progress`` what it has copied.
@@ -291,43 +217,53 @@ class Ranges:
         phases, self._phases = self._phases, [_Phase({})]
         checks, self._checks = self._checks, []
         gaps = {name: self._gaps(name, phases) for name in self._sums}
+        stages = []
+        for phase in phases:
+            jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted, gaps[name])]
+            stages.append((jobs, iter(phase.beside)))
+        stages[-1][0].extend(checks)
+        # No executor where the caller's thread is enough, which it is if it has a core for itself only.
+        alone = self._workers == 1 or sum(len(jobs) for jobs, _ in stages) < 2
         with contextlib.ExitStack() as stack:
-            readers = [stack.enter_context(FileReader()) for _ in range(self._workers)]
-            for phase in phases:
-                jobs = [job for name, wanted in phase.wanted.items() for job in self._jobs(name, wanted, gaps[name])]
-                if phase is phases[-1]:
-                    jobs += checks
-                steps = iter(phase.beside)
-                # No executor where the caller's thread is enough, which it is if it has a core for itself only.
-                if self._workers > 1 and len(jobs) > 1:
-                    self._share_out(jobs, readers, progress, steps)
-                else:
-                    self._do_all(jobs, readers[0], progress, steps)
-                _finish(steps)
+            readers = [stack.enter_context(self._reader()) for _ in range(1 if alone else self._workers)]
+            if alone:
+                self._do_all(stages, readers[0], progress)
+                return
+            for jobs, steps in stages:
+                self._share_out(jobs, readers, progress, steps)
 
-    def _do_all(self, jobs: Sequence[_Job], reader: FileReader, progress: Progress, steps: Iterator[object]) -> None:
-        """Does the jobs, and a step whenever something has come."""
+    def _do_all(
+        self, stages: Sequence[tuple[list[_Job], Iterator[object]]], reader: FileReader, progress: Progress
+    ) -> None:
+        """Does the jobs of one stage after the other, and a step of it whenever something has come."""
+        coming = reader.each((self._folder / job.name, job.spans) for jobs, _ in stages for job in jobs)
+        for jobs, steps in stages:
 
-        def tell(nbytes: int) -> None:
-            progress(nbytes)
-            next(steps, None)
+            def tell(nbytes: int, steps: Iterator[object] = steps) -> None:
+                progress(nbytes)
+                next(steps, None)
 
-        for job in jobs:
-            self._do(job, reader, tell)
+            for job in jobs:
+                self._do(job, next(coming), tell)
+            _finish(steps)
 
     def _share_out(
-        self, jobs: Sequence[_Job], readers: Sequence[FileReader], progress: Progress, steps: Iterator[object]
+        self, jobs: Iterable[_Job], readers: Sequence[FileReader], progress: Progress, steps: Iterator[object]
     ) -> None:
         """Does the jobs in threads, in about this order, and the steps here; ends early with the first error."""
         waiting = deque(jobs)
 
         def work(reader: FileReader) -> None:
-            while True:
-                try:
-                    job = waiting.popleft()
-                except IndexError:  # all are taken
-                    return
-                self._do(job, reader, progress)
+            mine = deque[_Job]()
+
+            def take() -> Iterator[tuple[Path, Iterable[Extent]]]:
+                with suppress(IndexError):  # all are taken
+                    while True:
+                        mine.append(waiting.popleft())
+                        yield self._folder / mine[-1].name, mine[-1].spans
+
+            for parts in reader.each(take()):
+                self._do(mine.popleft(), parts, progress)
 
         with ThreadPoolExecutor(len(readers), thread_name_prefix="deepspeed-load") as pool:
             futures = [pool.submit(work, reader) for reader in readers]
@@ -364,13 +300,10 @@ class Ranges:
             jobs.append(_Job(name, known, inside, [(low, high) for _, low, high in cuts], self._verify))
         return jobs
 
-    def _do(self, job: _Job, reader: FileReader, progress: Progress) -> None:
-        path, known = self._folder / job.name, job.known
-        pieces: list[Piece] = []
+    def _do(self, job: _Job, parts: Iterable[Part], progress: Progress) -> None:
+        known, pieces = job.known, list[Piece]()
         if job.sums:
-            parts = _summed(reader, path, known, job.extents, pieces)
-        else:
-            parts = reader.parts(path, _spans(job.extents, known.nbytes))
+            parts = _summed(parts, self._folder / job.name, known, job.extents, pieces)
         if job.wanted:
             with torch.no_grad():
                 _hand_out(parts, job.wanted, self._begin, progress)
@@ -412,7 +345,7 @@ def _finish(steps: Iterator[object]) -> None:
 
 
 def _hand_out(
-    parts: Iterable[tuple[int, int, torch.Tensor]],
+    parts: Iterable[Part],
     wanted: list[_Wanted],
     begin_with: Callable[[torch.Tensor], object],
     progress: Progress,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import functools
 import os
 import pickle
 import secrets
@@ -120,9 +121,14 @@ def load_file(
     try:
         with path.open("rb") as stream:
             is_zip = stream.read(4) == b"PK\x03\x04"
+        # The format of torch before 1.6 is no zip archive and cannot be mapped.
+        load = functools.partial(torch.load, path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
+        if is_zip and not classes:
+            # Most files name nothing but what torch knows, and torch looks through a list once a tensor.
+            with suppress(pickle.UnpicklingError):
+                return load()
         with torch.serialization.safe_globals([(build, name) for name, build in allowed.items()]):
-            # The format of torch before 1.6 is no zip archive and cannot be mapped.
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
+            return load()
     except MemoryError:
         raise
     except Exception as error:

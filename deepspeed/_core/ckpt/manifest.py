@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed._core.ckpt.blockfile import BLOCK_NBYTES, FileSum, check_size
-from deepspeed._core.ckpt.blockreader import FileReader, check_blocks
+from deepspeed._core.ckpt.blockreader import check_blocks
+from deepspeed._core.ckpt.filereader import FileReader
 from deepspeed._core.ckpt.io import atomic_write_text
 from deepspeed.errors import CheckpointError
 
